@@ -1,0 +1,1 @@
+"""Networks: trunks, region pooling, quality heads and the models made of them."""

@@ -1,0 +1,171 @@
+"""Weights on disk: starting weights, trained runs, and the one-file release format.
+
+A release is one safetensors file without training-only parts. Its metadata holds the nodes
+`model` and `transform` of the run's configuration, so that the file alone can be evaluated.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from hydra.utils import get_object, instantiate
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from common.checkpoint import load_model, newest
+from common.log import InputError
+
+# A new data set has other identities: their classifiers never come from a file.
+TRAINING_ONLY = ("classifier.", "auxiliary.")
+# A configuration that arrives with weights may build these and nothing else.
+TRUSTED = ("reid_rqen.models.", "reid_rqen.data.transforms.")
+
+
+class Trained(NamedTuple):
+    """A model in evaluation mode, how its frames are prepared, and where it came from."""
+
+    model: nn.Module
+    transform: Any
+    config: dict[str, Any]
+    step: int
+    source: Path
+
+
+def load_trained(
+    run_dir: Path | str | None = None,
+    checkpoint: Path | str | None = None,
+    device: torch.device | str = "cpu",
+    **model_options: Any,
+) -> Trained:
+    """Load a model for evaluation; the classifiers are dropped, so any data set can follow.
+
+    Args:
+        run_dir: a run folder; its newest complete checkpoint is read.
+        checkpoint: a `step_XXXXXXXX` folder of a run, or a release file (`export`).
+        device: where the model goes.
+        model_options: arguments of the model that replace those of its configuration, for
+            instance `fixed_scores=True` or `use_regions=[0]`.
+
+    Raises:
+        InputError: nothing or both given, no such file, not one of ours, weights that do not fit.
+    """
+    if (run_dir is None) == (checkpoint is None):
+        raise InputError("run_dir, checkpoint", "give exactly one of them", (run_dir, checkpoint))
+    if checkpoint is not None and Path(checkpoint).is_file():
+        return _from_release(Path(checkpoint), device, model_options)
+    if checkpoint is not None:
+        folder, run = Path(checkpoint), Path(checkpoint).parent.parent
+    else:
+        run = Path(str(run_dir))
+        found = newest(run / "checkpoints")
+        if found is None:
+            raise InputError(run, "holds no complete checkpoint")
+        folder = found
+    config = _read_config(run / "config.yaml")
+    model, transform = _build(config, run / "config.yaml", model_options)
+    step = load_model(folder, model, ignore=TRAINING_ONLY)
+    return Trained(model.to(device).eval(), transform, config, step, folder)
+
+
+def save_release(trained: Trained, path: Path) -> None:
+    """Write a release file; a reader never sees half of it."""
+    state = {name: value.contiguous().cpu() for name, value in trained.model.state_dict().items()}
+    kept = {key: trained.config.get(key) for key in ("model", "transform", "train_set", "seed")}
+    metadata = {"format": "pt", "config": json.dumps(kept), "step": str(trained.step)}
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(state, temporary, metadata)
+    temporary.replace(path)
+
+
+def load_initial(model: nn.Module, path: Path) -> None:
+    """Start from the weights of a file; classifiers and auxiliary heads stay as initialised.
+
+    The file holds a whole model, or a trunk alone (its keys get the prefix `trunk.`). The quality
+    head may be missing, anything else must fit.
+
+    Raises:
+        InputError: no such file; keys or shapes that do not fit (all are listed).
+    """
+    state, _ = _read_release(path)
+    if not any(name.startswith("trunk.") for name in state):
+        state = {f"trunk.{name}": value for name, value in state.items()}
+    state = {name: v for name, v in state.items() if not name.startswith(TRAINING_ONLY)}
+    own = {n: v for n, v in model.state_dict().items() if not n.startswith(TRAINING_ONLY)}
+    unknown = sorted(state.keys() - own.keys())
+    wrong = sorted(n for n in state.keys() & own.keys() if state[n].shape != own[n].shape)
+    missing = sorted(n for n in own.keys() - state.keys() if not n.startswith("quality."))
+    if unknown or wrong or missing:
+        listed = f"unknown {unknown}, of another shape {wrong}, missing {missing}"
+        raise InputError(path, "weights do not fit this model", listed)
+    model.load_state_dict(state, strict=False)
+
+
+def _from_release(path: Path, device: torch.device | str, options: dict[str, Any]) -> Trained:
+    state, metadata = _read_release(path)
+    if "config" not in metadata:
+        raise InputError(path, "is not a release file: its metadata has no key", "config")
+    try:
+        config = json.loads(metadata["config"])
+        step = int(metadata["step"])
+    except (ValueError, KeyError) as error:
+        raise InputError(path, "has broken metadata", error) from error
+    model, transform = _build(config, path, options)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(path, "weights do not fit its configuration", error) from error
+    return Trained(model.to(device).eval(), transform, config, step, path)
+
+
+def _read_release(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise InputError(path, "no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(path, "is not a safetensors file", error) from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OSError, OmegaConfBaseException, ValueError) as error:
+        raise InputError(path, "configuration of the run cannot be read", error) from error
+    if not isinstance(config, dict) or not {"model", "transform"} <= config.keys():
+        raise InputError(path, "is not the configuration of a run", "no model or transform")
+    return {str(key): value for key, value in config.items()}
+
+
+def _build(config: Mapping[str, Any], path: Path, options: dict[str, Any]) -> tuple[nn.Module, Any]:
+    for node in (config["model"], config["transform"]):
+        for target in _targets(node):
+            _refuse_foreign(target, path)
+    model_node = {**config["model"], **options}
+    if "trunk" in model_node and "weights" in model_node["trunk"]:
+        model_node["trunk"] = {**model_node["trunk"], "weights": None}  # ours follow
+    return instantiate(model_node)(num_classes=None), instantiate(config["transform"])
+
+
+def _refuse_foreign(target: str, path: Path) -> None:
+    """Only our own classes: a dotted name may also lead through a module to what it imports."""
+    known = target.startswith(TRUSTED)
+    found = get_object(target) if known else None
+    if not isinstance(found, type) or not f"{found.__module__}.".startswith(TRUSTED):
+        raise InputError(path, "names a class that weights may not build", target)
+
+
+def _targets(node: Any) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield str(node["_target_"])
+        for value in node.values():
+            yield from _targets(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _targets(value)
