@@ -163,7 +163,7 @@ class Checkpointer:
             return 0
         parts = {name: item.state_dict() for name, item in self.stateful.items()}
         wanted = ["optimizer", *parts] if self.optimizer is not None else list(parts)
-        state = _read(path, self.model, parts, wanted)
+        state = _read(path, self.model, parts, wanted, ())
         self._load_optimizer(path, state.get("optimizer"))
         for name, item in self.stateful.items():
             item.load_state_dict(state[name])
@@ -258,11 +258,7 @@ def _storable(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def _read(
-    path: Path,
-    model: nn.Module,
-    parts: dict[str, Any],
-    wanted: list[str],
-    ignore: tuple[str, ...] = (),
+    path: Path, model: nn.Module, parts: dict[str, Any], wanted: list[str], ignore: tuple[str, ...]
 ) -> dict[str, Any]:
     """Load the model in place; return the other wanted parts, like the live `parts` if given."""
     live: dict[str, Tensor] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ class World:
 def init(device: str = "auto", timeout_s: float = 600.0) -> World:
     """Join the group described by the torchrun environment, or stay alone without one.
 
+    A job of Hydra's submitit launcher with several tasks is such a group as well.
+
     Args:
         device: "auto" (a GPU when there is one), "cpu", "cuda" (the GPU of the local rank) or a
             torch device. NCCL serves CUDA, gloo serves the CPU.
@@ -42,6 +45,8 @@ def init(device: str = "auto", timeout_s: float = 600.0) -> World:
     Raises:
         InputError: the device is unknown or not present.
     """
+    if "submitit" in sys.modules and "RANK" not in os.environ:
+        _adopt_submitit()
     target = _device(device)
     if target.type == "cuda":
         torch.cuda.set_device(target)
@@ -53,6 +58,19 @@ def init(device: str = "auto", timeout_s: float = 600.0) -> World:
             device_id=target if cuda else None,
         )
     return World(rank(), size(), target)
+
+
+def _adopt_submitit() -> None:
+    """Give the tasks of a submitit job the names torchrun uses; it starts the ranks itself."""
+    from submitit import JobEnvironment
+    from submitit.helpers import TorchDistributedEnvironment
+
+    try:
+        tasks = JobEnvironment().num_tasks
+    except RuntimeError:  # imported, but this process is none of its jobs
+        return
+    if tasks > 1:
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
 
 
 def _device(name: str) -> torch.device:

@@ -141,6 +141,8 @@ def extract_frames(
     model: Any, tracklets: list[Tracklet], how: Extraction, title: str
 ) -> tuple[Tensor, list[np.ndarray]]:
     """Vectors (M, R*C) on the CPU and scores (T, R) per tracklet, for models with `frames`."""
+    if not tracklets:  # more ranks than tracklets
+        return torch.zeros(0, model.regions * model.channels), []
     device = how.world.device
     dataset = TrackletFrames(tracklets, how.transform, how.boundaries)
     total = StreamingAggregate(len(tracklets), model.regions, model.channels, device=device)
@@ -156,8 +158,6 @@ def extract_frames(
             total.update(index_B, out.region_BRC, out.score_BR)
             score_BR.append(out.score_BR.float().cpu())
             bar.advance(task, len(index_B))
-    if not tracklets:
-        return torch.zeros(0, model.regions * model.channels), []
     lengths = [len(tracklet.frames) for tracklet in tracklets]
     scores = [part.numpy() for part in torch.cat(score_BR).split(lengths)]
     return total.vectors().cpu(), scores
@@ -167,19 +167,20 @@ def extract_sequences(
     model: Any, tracklets: list[Tracklet], how: Extraction, title: str
 ) -> tuple[Any, list[np.ndarray]]:
     """Vectors (M, E), or sequences of them when the model compares pairs; no scores."""
+    paired = hasattr(model, "pair_distance")
+    if not tracklets:
+        return [] if paired else torch.zeros(0, model.dimensions), []
     device, rows = how.world.device, []
     dataset = TrackletSequences(tracklets, how.transform)
     with progress(how.world.main) as bar:
         task = bar.add_task(title, total=len(dataset))
-        for image_VTCHW, _ in _loader(dataset, how, None):
+        for image_VTCHW, _, _ in _loader(dataset, how, None):
             with autocast(device, how.precision):
                 out = model.sequences(how.transform.normalize(image_VTCHW.to(device)), None)
             # The views of one tracklet (crops, mirrors) are averaged.
             rows.append(out.float().mean(dim=0).cpu())
             bar.advance(task)
-    if hasattr(model, "pair_distance"):
-        return rows, []
-    return (torch.stack(rows) if rows else torch.zeros(0, model.dimensions)), []
+    return rows if paired else torch.stack(rows), []
 
 
 def _loader(dataset: Dataset[Any], how: Extraction, batch: int | None) -> DataLoader[Any]:

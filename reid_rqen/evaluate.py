@@ -115,7 +115,9 @@ def evaluate_model(cfg: EvalConfig, world: dist.World) -> tuple[dict[str, Any], 
     source = trained.config.get("data") or {}
     trained_on = trained.config.get("train_set")
     if cfg.train is not None and trained_on != cfg.train:
-        raise InputError("train", f"{trained.source} was trained on {trained_on}, not on", cfg.train)
+        raise InputError(
+            "train", f"{trained.source} was trained on {trained_on}, not on", cfg.train
+        )
     node = source if cfg.eval is None else OmegaConf.to_container(cfg.eval, resolve=True)
     if "_target_" not in node:
         raise InputError("eval", "a release file does not know where its data is; name a data set")
@@ -220,8 +222,10 @@ def _plain(value: Any) -> Any:
 
 def show(result: dict[str, Any]) -> None:
     """Print the scores with the protocol and the counts they stand on."""
-    table = Table(title=f"protocol {result['protocol']}, metric {result['metric']}"
-                  + (", k-reciprocal re-ranking" if result["rerank"] else ""))
+    table = Table(
+        title=f"protocol {result['protocol']}, metric {result['metric']}"
+        + (", k-reciprocal re-ranking" if result["rerank"] else "")
+    )
     table.add_column("measure")
     table.add_column("value", justify="right")
     for name in ("cmc@1", "cmc@5", "cmc@10", "cmc@20", "mAP", "mINP"):
@@ -233,7 +237,9 @@ def show(result: dict[str, Any]) -> None:
     table.add_row("tied", f"{100 * result['tie_fraction']:.2f} %")
     Console().print(table)
     if result["pessimistic_reported"]:
-        get_logger(__name__).warning("over 1 %% of the positives are tied: pessimistic values shown")
+        get_logger(__name__).warning(
+            "over 1 %% of the positives are tied: pessimistic values shown"
+        )
 
 
 @hydra.main(version_base=None, config_path="configs", config_name="eval")

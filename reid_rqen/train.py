@@ -6,6 +6,7 @@ same draws in the same order.
 """
 
 import math
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,14 @@ from torch.utils.data import DataLoader
 
 from common import dist, rundir
 from common.checkpoint import Checkpointer
-from common.log import InputError, MetricLogger, Throughput, exit_on_bad_input, progress, setup_logging
+from common.log import (
+    InputError,
+    MetricLogger,
+    Throughput,
+    exit_on_bad_input,
+    progress,
+    setup_logging,
+)
 from common.samplers import ResumableSampler
 from common.seed import seed_everything, worker_init
 from reid_rqen.data.boundaries import load_boundaries
@@ -97,10 +105,15 @@ def train(cfg: TrainConfig) -> dict[str, float]:
     loader = iter(_loader(cfg, draws, sampler, world))
     wrapped = _distributed(model, world).train()
     speed, last = Throughput(), {}
-    with MetricLogger(Path(cfg.run_dir), world.main, cfg.tensorboard) as log, progress(world.main) as bar:
+    with (
+        MetricLogger(Path(cfg.run_dir), world.main, cfg.tensorboard) as log,
+        progress(world.main) as bar,
+    ):
         task = bar.add_task(Path(cfg.run_dir).name, total=cfg.steps, completed=start)
         for step in range(start + 1, cfg.steps + 1):
-            loss, parts = train_step(wrapped, next(loader), transform, objective, world.device, cfg.precision)
+            loss, parts = train_step(
+                wrapped, next(loader), transform, objective, world.device, cfg.precision
+            )
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -111,7 +124,9 @@ def train(cfg: TrainConfig) -> dict[str, float]:
             sampler.consumed += cfg.global_batch
             speed.update(cfg.global_batch)
             bar.advance(task)
-            stop = checkpoint.stop_requested
+            # Agreeing over ranks costs a synchronisation: several ask every few steps.
+            ask = world.size == 1 or step % cfg.log_every == 0
+            stop = ask and checkpoint.stop_requested
             save = step % cfg.save_every == 0 or step == cfg.steps or stop
             if step % cfg.log_every == 0 or save:
                 last = _measure(step, loss, parts, norm, optimizer, draws.bad_items, speed)
@@ -126,7 +141,9 @@ def train(cfg: TrainConfig) -> dict[str, float]:
 
 def _check(cfg: TrainConfig, world: dist.World) -> None:
     if cfg.global_batch < 1 or cfg.global_batch % world.size:
-        raise InputError("global_batch", f"does not divide over {world.size} ranks", cfg.global_batch)
+        raise InputError(
+            "global_batch", f"does not divide over {world.size} ranks", cfg.global_batch
+        )
     if cfg.batch_norm not in ("local", "sync", "frozen"):
         raise InputError("batch_norm", "must be one of local, sync, frozen", cfg.batch_norm)
     for name in ("steps", "log_every", "save_every", "keep"):
@@ -174,11 +191,17 @@ def _loader(
         batch_size=cfg.global_batch // world.size,
         sampler=sampler,
         num_workers=cfg.workers,
-        worker_init_fn=worker_init,
+        worker_init_fn=_start_worker,
         pin_memory=world.device.type == "cuda",
         # Its own generator: starting a loader must not move the stream that dropout draws from.
         generator=torch.Generator().manual_seed(cfg.seed),
     )
+
+
+def _start_worker(worker_id: int) -> None:
+    # A cluster signals every process of a job: workers must outlive SIGTERM until the last save.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    worker_init(worker_id)
 
 
 def _measure(

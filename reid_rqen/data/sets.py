@@ -329,7 +329,10 @@ class TrackletFrames(Dataset[FrameItem]):
 
 
 class SequenceItem(NamedTuple):
-    """All frames of one tracklet (T, C, H, W), its row, and its boundaries (T, B)."""
+    """All frames of one tracklet (V, T, C, H, W), its row, and its boundaries (T, B).
+
+    V views (crops, mirrors) where the transform has several for a test, else 1.
+    """
 
     image: Tensor
     tracklet: int
@@ -354,7 +357,9 @@ class TrackletSequences(Dataset[SequenceItem]):
 
     def __getitem__(self, index: int) -> SequenceItem:
         paths = self.tracklets[index].frames
-        return SequenceItem(self.transform.load(paths), index, _boundaries(self.boundaries, paths))
+        several = getattr(self.transform, "views", None)
+        image_VTCHW = self.transform.load(paths)[None] if several is None else several(paths)
+        return SequenceItem(image_VTCHW, index, _boundaries(self.boundaries, paths))
 
 
 def _accept(argument: str, value: str, *accepted: str) -> None:

@@ -1,0 +1,141 @@
+"""All speed benchmarks: `python -m reid_rqen.benchmarks [out=DIR] [compare=true]`.
+
+Writes `<hardware>.json` and `.md` into `out`; the thread count is part of the hardware name.
+Scores are counted on one thread, so the group `evaluate` runs with the first of `threads`;
+networks use all that there is, so `train` and `infer` run with the last. A GPU is used when there
+is one.
+
+`compare=true` compares with the stored results of the same hardware name (see `compare.py`) and
+exits with 1 when a row is worse; its own results go to runs/rqen/bench unless `out` says
+otherwise, so that the stored ones stay.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from common.log import InputError, exit_on_bad_input, get_logger, setup_logging
+from reid_rqen.benchmarks import bench_ops, compare, results
+from reid_rqen.benchmarks.bench_infer import infer_rows
+from reid_rqen.benchmarks.bench_ops import BenchConfig
+from reid_rqen.benchmarks.bench_train import train_rows
+from reid_rqen.benchmarks.results import Row
+
+GROUPS = (*bench_ops.GROUPS, "train", "infer")
+FIRST, LAST = ("evaluate",), ("train", "infer")  # groups that run with one thread count only
+
+
+@dataclass
+class SuiteConfig(BenchConfig):
+    """Schema of configs/benchmarks.yaml."""
+
+    groups: list[str] = field(default_factory=lambda: list(GROUPS))
+    compile: bool = False  # torch.compile on a CPU too; on CUDA always
+    compare: bool = False
+    tolerance: float = 0.1  # fraction by which a row may be slower than stored
+
+
+ConfigStore.instance().store("benchmarks_schema", SuiteConfig)
+
+
+def run(cfg: SuiteConfig) -> int:
+    """Measure, print and write; returns the number of rows that are worse than stored.
+
+    Raises:
+        InputError: unknown groups, or numbers that are not positive.
+    """
+    _check(cfg)
+    console = _console()
+    before, worse = torch.get_num_threads(), 0
+    for threads, groups in plan(list(cfg.groups), list(cfg.threads), before).items():
+        torch.set_num_threads(threads)
+        report = compare.stored(threads) if cfg.compare else None
+        rows = list(_measured(cfg, groups))
+        console.print(_table(rows, threads))
+        console.print(f"wrote {results.merge(rows, threads, _out(cfg))}")
+        if report is not None:
+            changes = compare.compare(rows, report, cfg.tolerance)
+            console.print(compare.table(changes, report))
+            worse += sum(change.status == "worse" for change in changes)
+        elif cfg.compare:
+            console.print(f"not compared: no stored results for {results.hardware(threads)}")
+    torch.set_num_threads(before)
+    return worse
+
+
+def plan(groups: list[str], threads: list[int], every: int) -> dict[int, list[str]]:
+    """Groups to run for each thread count; a count of 0 stands for `every` thread."""
+    counts = list(dict.fromkeys(count or every for count in threads))
+    skip = {count: set[str]() for count in counts}
+    for count in counts:
+        skip[count] |= set(FIRST) if count != counts[0] else set()
+        skip[count] |= set(LAST) if count != counts[-1] else set()
+    chosen = {count: [name for name in groups if name not in skip[count]] for count in counts}
+    return {count: names for count, names in chosen.items() if names}
+
+
+def _measured(cfg: SuiteConfig, groups: list[str]) -> Iterator[Row]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    runs: dict[str, Callable[[], Iterator[Row]]] = {
+        "evaluate": partial(bench_ops.evaluate_rows, cfg),
+        "rerank": partial(bench_ops.rerank_rows, cfg),
+        "aggregate": partial(bench_ops.aggregate_rows, cfg),
+        "train": partial(train_rows, cfg.repeats, device, cfg.compile, cfg.seed),
+        "infer": partial(infer_rows, cfg.repeats, device, cfg.seed),
+    }
+    for group in groups:
+        for entry in runs[group]():
+            texts = (entry["name"], entry["shape"], entry["peer"])
+            get_logger(__name__).info("%s: %s, %s against %s", group, *texts)
+            yield entry
+
+
+def _out(cfg: SuiteConfig) -> Path:
+    if cfg.out is not None:
+        return Path(cfg.out)
+    return Path("runs/rqen/bench") if cfg.compare else results.FOLDER
+
+
+def _check(cfg: SuiteConfig) -> None:
+    if set(cfg.groups) - set(GROUPS) or not cfg.groups:
+        raise InputError("groups", f"must be some of {GROUPS}", list(cfg.groups))
+    if not cfg.threads or min(cfg.threads) < 0:
+        raise InputError("threads", "must be counts, 0 for all", list(cfg.threads))
+    if cfg.repeats < 1 or not cfg.tolerance > 0:
+        raise InputError("repeats, tolerance", "must be positive", (cfg.repeats, cfg.tolerance))
+
+
+def _table(rows: list[Row], threads: int) -> Table:
+    found = Table(*results.COLUMNS, title=results.hardware(threads))
+    for entry in rows:
+        found.add_row(*results.cells(entry))
+    return found
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=150)
+
+
+@hydra.main(version_base=None, config_path="../configs", config_name="benchmarks")
+def main(cfg: DictConfig) -> None:
+    setup_logging(0)
+    settings: Any = OmegaConf.to_object(cfg)
+    if run(settings):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    exit_on_bad_input(main)
