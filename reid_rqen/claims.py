@@ -198,21 +198,20 @@ def markdown(evidence: Mapping[str, Any]) -> str:
     """The rows and gates as Markdown tables."""
     seeds = ", ".join(str(seed) for seed in evidence["seeds"])
     lines = [
-        f"{evidence['steps']} steps, seeds {seeds}, mean ± standard deviation, {evidence['hardware']}.",
+        f"{evidence['steps']} steps, seeds {seeds}, mean ± standard deviation, "
+        f"{evidence['hardware']}.",
         "",
     ]
     lines += ["| data | row | CMC@1, % | mAP, % | score AUC u / m / l |", "|---|---|---|---|---|"]
     for row in evidence["rows"]:
         auc = " / ".join(f"{value:.3f}" for value in row["auc"]) if row["auc"] else "-"
-        lines.append(
-            f"| {row['data']} | {row['row']} | {spread(row['cmc@1'])} | {spread(row['mAP'])} | {auc} |"
-        )
+        cells = (row["data"], row["row"], spread(row["cmc@1"]), spread(row["mAP"]), auc)
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| gate | value | limit | |", "|---|---|---|---|"]
     for gate in evidence["gates"]:
         passed = "met" if gate["passed"] else "**missed**"
-        lines.append(
-            f"| {gate['name']} | {gate['value']:.3f} | {gate['kind']} {gate['limit']:.2f} | {passed} |"
-        )
+        limit = f"{gate['kind']} {gate['limit']:.2f}"
+        lines.append(f"| {gate['name']} | {gate['value']:.3f} | {limit} | {passed} |")
     return "\n".join(lines)
 
 

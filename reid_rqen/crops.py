@@ -1,5 +1,6 @@
 """Person crops of a picture, a folder, a folder of folders or a video, one at a time."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +72,7 @@ def read_video(path: Path) -> Iterator[Crop]:
     """
     import cv2
 
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # it would print before our error does
     capture = cv2.VideoCapture(str(path))
     try:
         announced, count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0

@@ -29,7 +29,7 @@ class ScoreRow(NamedTuple):
 
     frames: (H, W, 3) uint8, red first; sizes may differ.
     score_TR: in [0, 1]; NaN leaves a region without tint and number.
-    edges: region borders as ascending fractions of the height with both ends, e.g. (0, 3/7, 5/7, 1).
+    edges: region borders as ascending fractions of the height, with 0 and 1: (0, 3/7, 5/7, 1).
     label: written above the strip.
     clean_TR: True where a region truly shows the person, or None when nobody knows.
     """

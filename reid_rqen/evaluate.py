@@ -3,6 +3,7 @@
     python -m reid_rqen.evaluate run_dir=DIR                        the run's own data set
     python -m reid_rqen.evaluate run_dir=DIR train=ilidsvid eval=prid2011    across data sets
     python -m reid_rqen.evaluate checkpoint=FILE eval=mars rerank=true metric=xqda
+    python -m reid_rqen.evaluate run_dir=DIR metric=xqda +metric_options.pairing=two_cameras
     python -m reid_rqen.evaluate features=f.npz protocol=mars_official
 
 Prints a table, writes `metrics.json` (and `features.npz`) into `out`.
@@ -10,9 +11,9 @@ Prints a table, writes `metrics.json` (and `features.npz`) into `out`.
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import hydra
 import numpy as np
@@ -30,7 +31,7 @@ from reid_rqen.data.boundaries import load_boundaries
 from reid_rqen.data.tracklet import ReidData, Tracklet
 from reid_rqen.engine import Extracted, Extraction, extract
 from reid_rqen.feature_file import Features, load
-from reid_rqen.metrics import LEARNED_METRICS, evaluate_features, rank_metrics
+from reid_rqen.metrics import LEARNED_METRICS, Learner, RankEvaluator, evaluate_features
 from reid_rqen.ops.rerank import KReciprocal
 from reid_rqen.weights import Trained, load_trained
 
@@ -46,7 +47,8 @@ class EvalConfig:
     protocol: str | None = None  # the data set's own when null
     train: str | None = None  # name of the data set the weights must come from
     eval: Any = None  # data set to test on; the run's own when null
-    metric: str = "cosine"  # cosine | euclid | xqda | kissme
+    metric: str | None = None  # cosine | euclid | xqda | kissme; the model's own when null
+    metric_options: dict[str, Any] = field(default_factory=dict)  # of xqda or kissme, e.g. ridge
     rerank: bool = False
     k1: int = 20
     k2: int = 6
@@ -87,7 +89,7 @@ def evaluate(cfg: EvalConfig) -> dict[str, Any]:
     if cfg.features:
         if cfg.protocol is None:
             raise InputError("protocol", "a feature file needs it")
-        result = score(load(Path(cfg.features)), cfg.protocol, cfg)
+        result = score(load(Path(cfg.features)), cfg.protocol, cfg, cfg.metric or "cosine")
         facts: dict[str, Any] = {"features": cfg.features}
     else:
         result, facts = evaluate_model(cfg, world)
@@ -108,7 +110,7 @@ def evaluate(cfg: EvalConfig) -> dict[str, Any]:
 
 def evaluate_model(cfg: EvalConfig, world: dist.World) -> tuple[dict[str, Any], dict[str, Any]]:
     """Scores of a trained model, and the facts a report must state beside them."""
-    options = {"fixed_scores": True} if cfg.fixed_scores else {}
+    options: dict[str, Any] = {"fixed_scores": True} if cfg.fixed_scores else {}
     if cfg.use_regions is not None:
         options["use_regions"] = list(cfg.use_regions)
     trained = load_trained(cfg.run_dir, cfg.checkpoint, world.device, **options)
@@ -118,9 +120,10 @@ def evaluate_model(cfg: EvalConfig, world: dist.World) -> tuple[dict[str, Any], 
         raise InputError(
             "train", f"{trained.source} was trained on {trained_on}, not on", cfg.train
         )
-    node = source if cfg.eval is None else OmegaConf.to_container(cfg.eval, resolve=True)
+    node: Any = source if cfg.eval is None else OmegaConf.to_container(cfg.eval, resolve=True)
     if "_target_" not in node:
         raise InputError("eval", "a release file does not know where its data is; name a data set")
+    _check_split(source, node)
     data: ReidData = instantiate(node)
     protocol = cfg.protocol or data.protocol
     table = load_boundaries(cfg.boundaries, node["root"]) if cfg.boundaries else None
@@ -130,6 +133,7 @@ def evaluate_model(cfg: EvalConfig, world: dist.World) -> tuple[dict[str, Any], 
     facts = {
         "trained_on": trained_on,
         "evaluated_on": data.name,
+        "split": node.get("split"),
         "step": trained.step,
         "seed": trained.config.get("seed"),
         "source": str(trained.source),
@@ -138,24 +142,35 @@ def evaluate_model(cfg: EvalConfig, world: dist.World) -> tuple[dict[str, Any], 
         "data_skipped": data.skipped,
     }
     if hasattr(trained.model, "pair_distance"):
+        if cfg.metric or cfg.rerank:
+            what = "the model compares pairs with a distance of its own, without"
+            raise InputError("metric, rerank", what, cfg.metric or "rerank")
         result, frames = score_pairs(trained, data, how, protocol)
         return result, facts | {"frames": frames}
-    embedded = embed(trained, data, how, with_train=cfg.metric in LEARNED_METRICS)
+    metric = cfg.metric or str(getattr(trained.model, "metric", "cosine"))
+    embedded = embed(trained, data, how, with_train=metric in LEARNED_METRICS)
     if world.main and cfg.save_features:
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         embedded.features.save(Path(cfg.out) / "features.npz")
     facts["frames"] = embedded.query.frames + embedded.gallery.frames
-    return score(embedded.features, protocol, cfg), facts
+    return score(embedded.features, protocol, cfg, metric), facts
+
+
+def _check_split(trained: dict[str, Any], tested: dict[str, Any]) -> None:
+    """Another split of the training set has the training's persons in its test half."""
+    same_set = trained.get("_target_") == tested["_target_"]
+    if same_set and trained.get("split") != tested.get("split"):
+        what = f"the run was trained on split {trained.get('split')} of the same data, not on"
+        raise InputError("eval.split", what, tested.get("split"))
 
 
 def embed(trained: Trained, data: ReidData, how: Extraction, with_train: bool = False) -> Embedded:
     """Set vectors of query and gallery; a tracklet that is in both is embedded once."""
-    query = None
-    if data.query_index is None:
+    rows = data.query_index
+    if rows is None:
         query = extract(trained.model, data.query, how, "query")
     gallery = extract(trained.model, data.gallery, how, "gallery")
-    if query is None:
-        rows = data.query_index
+    if rows is not None:
         scores = [gallery.score[i] for i in rows] if gallery.score else []
         query = Extracted(gallery.vector[rows], scores, 0)
     train: dict[str, Any] = {}
@@ -179,27 +194,38 @@ def labels(tracklets: list[Tracklet]) -> tuple[np.ndarray, np.ndarray]:
     return pid, np.array([tracklet.camid for tracklet in tracklets], dtype=np.int64)
 
 
-def score(features: Features, protocol: str, cfg: EvalConfig) -> dict[str, Any]:
-    """Rank set vectors under a protocol with the metric and re-ranking of `cfg`."""
+def score(features: Features, protocol: str, cfg: EvalConfig, metric: str) -> dict[str, Any]:
+    """Rank set vectors under a protocol with a metric and the re-ranking of `cfg`."""
     settings = KReciprocal(cfg.k1, cfg.k2, cfg.lambda_value) if cfg.rerank else False
-    return evaluate_features(features, protocol, cfg.chunk, cfg.metric, settings)
+    learner: str | Learner = metric
+    if cfg.metric_options:
+        if metric not in LEARNED_METRICS:
+            raise InputError("metric_options", "only xqda and kissme have any, not", metric)
+        plain = cast(Any, LEARNED_METRICS[metric])
+        accepted = [entry.name for entry in fields(plain)]
+        for name in cfg.metric_options:
+            if name not in accepted:
+                raise InputError(f"metric_options.{name}", f"is none of {', '.join(accepted)}")
+        learner = replace(plain, **cfg.metric_options)
+    return evaluate_features(features, protocol, cfg.chunk, learner, settings)
 
 
 def score_pairs(
     trained: Trained, data: ReidData, how: Extraction, protocol: str
 ) -> tuple[dict[str, Any], int]:
     """Scores of a model whose vectors depend on the pair, and the number of frames used."""
-    query = extract(trained.model, data.query, how, "query")
-    gallery = extract(trained.model, data.gallery, how, "gallery")
+    model: Any = trained.model
+    query = extract(model, data.query, how, "query")
+    gallery = extract(model, data.gallery, how, "gallery")
     device = how.world.device
     padded = [x.to(device) for part in (query, gallery) for x in pad(part.vector)]
-    distance_QG = trained.model.pair_distance(*padded).cpu().numpy()
-    result = rank_metrics(
-        distance_QG, *labels(data.query), *labels(data.gallery), protocol,
-        query_index=data.query_index,
-    )  # fmt: skip
+    with torch.inference_mode():
+        distance_QG = model.pair_distance(*padded).cpu().numpy()
+    evaluator = RankEvaluator(*labels(data.gallery), protocol, data.query_index)
+    evaluator.update(distance_QG, *labels(data.query))
     facts = {"protocol": protocol, "metric": "pair", "rerank": False}
-    return facts | result, query.frames + gallery.frames
+    result = facts | evaluator.compute() | {"cmc_curve": evaluator.curve()}
+    return result, query.frames + gallery.frames
 
 
 def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:

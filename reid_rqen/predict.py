@@ -9,6 +9,9 @@ frames are crops. Writes `predict.json` and `scores.png` into `out`.
 Letters: T frames of a set, B frames of a batch, R regions, C channels, H W size, D embedding.
 """
 
+# Field names carry their shape like every tensor name here.
+# ruff: noqa: N815
+
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,6 +40,7 @@ from reid_rqen.ops.aggregate import StreamingAggregate, score_weights
 from reid_rqen.weights import Trained, load_trained
 
 SHOWN = 12  # frames of a strip
+LISTED = 20  # pairs printed
 
 
 @dataclass
@@ -231,12 +235,13 @@ def look_at_all(
 
 def describe(trained: Trained, ours: list[Scored], theirs: list[Scored]) -> dict[str, Any]:
     """Content of `predict.json`."""
-    edges = (0.0, *trained.model.pool.edges, 1.0)
+    model: Any = trained.model
+    edges = (0.0, *model.pool.edges, 1.0)
     return {
         "source": str(trained.source),
         "step": trained.step,
         "trained_on": trained.config.get("train_set"),
-        "regions": [{"top": edges[r], "bottom": edges[r + 1]} for r in trained.model.use_regions],
+        "regions": [{"top": edges[r], "bottom": edges[r + 1]} for r in model.use_regions],
         "input": [_set(scored) for scored in ours],
         "other": [_set(scored) for scored in theirs],
         "pairs": [_pair(a, b) for a in ours for b in theirs],
@@ -287,18 +292,23 @@ def headline(pairs: list[dict[str, Any]]) -> str:
 def show(result: dict[str, Any]) -> None:
     """Print the mean score of each region and the distances."""
     table = Table(title="mean score of each region, top to bottom")
-    for name in ("set", "frames", *(f"region {r + 1}" for r in range(len(result["regions"])))):
-        table.add_column(name, justify="left" if name == "set" else "right")
+    table.add_column("set", overflow="fold")
+    for name in ("frames", *(f"region {r + 1}" for r in range(len(result["regions"])))):
+        table.add_column(name, justify="right")
     for found in result["input"] + result["other"]:
         mean_R = np.mean([frame["score"] for frame in found["frames"]], axis=0)
         table.add_row(found["path"], str(len(found["frames"])), *(f"{x:.3f}" for x in mean_R))
     console = Console()
     console.print(table)
-    if result["pairs"]:
-        table = Table("input", "other", "cosine", "squared distance", title="pairs")
-        for pair in result["pairs"]:
+    pairs = sorted(result["pairs"], key=lambda pair: pair["squared_distance"])
+    if pairs:
+        title = f"{min(len(pairs), LISTED)} nearest of {len(pairs)} pairs"
+        table = Table("cosine", "squared distance", title=title)
+        for name in ("input", "other"):
+            table.add_column(name, overflow="fold")
+        for pair in pairs[:LISTED]:
             numbers = (f"{pair['cosine']:.4f}", f"{pair['squared_distance']:.4f}")
-            table.add_row(pair["input"], pair["other"], *numbers)
+            table.add_row(*numbers, pair["input"], pair["other"])
         console.print(table)
 
 

@@ -38,6 +38,7 @@ def draw_cmc(curves: Sequence[Curve], path: Path, most: int = 20, title: str = "
                 rank_K, value_SK.min(axis=0), value_SK.max(axis=0), color=colour, alpha=0.15, lw=0
             )
     axis.set(xlabel="rank k", ylabel="CMC@k, %", xlim=(1, most), ylim=(0, 101))
+    axis.set_xticks([1, *range(5, most + 1, 5)])
     axis.set_title(title or "Queries whose person is among the k nearest; CMC@1 in the legend")
     axis.legend(loc="lower right")
     figure.savefig(path, dpi=110)
@@ -50,9 +51,10 @@ def draw_training(runs: Mapping[str, Path], path: Path) -> None:
     for (name, run_dir), colour in zip(runs.items(), COLOURS, strict=False):
         rows = read_metrics(run_dir / "metrics.jsonl")
         for axis, (key, _) in zip(axes, panels, strict=True):
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), color=colour, label=name, lw=2)
+            known = [row for row in rows if row.get(key) is not None]
+            step, value = [row["step"] for row in known], [row[key] for row in known]
+            if known:
+                axis.plot(step, value, color=colour, label=name, lw=2)
     for axis, (_, label) in zip(axes, panels, strict=True):
         axis.set(xlabel="step", title=label, ylim=(0, None))
         axis.legend()

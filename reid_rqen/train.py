@@ -5,6 +5,7 @@ global batch; a run that is stopped and started again, also on another number of
 same draws in the same order.
 """
 
+import inspect
 import math
 import signal
 from dataclasses import dataclass
@@ -87,8 +88,8 @@ def train(cfg: TrainConfig) -> dict[str, float]:
     draws = _draws(cfg, data, transform)
     seed_everything(cfg.seed)  # every rank builds the same model
     model = _model(cfg, data.num_classes, world)
-    optimizer = instantiate(cfg.optim)(model)
-    schedule = instantiate(cfg.schedule)(optimizer)
+    optimizer = _call(cfg, "optim", model)
+    schedule = _call(cfg, "schedule", optimizer)
     seed_everything(cfg.seed, world.rank)  # and then draws its own dropout
     sampler = ResumableSampler(
         len(draws), seed=cfg.seed, rank=world.rank, world=world.size, shuffle=False
@@ -152,17 +153,33 @@ def _check(cfg: TrainConfig, world: dist.World) -> None:
     autocast(world.device, cfg.precision)
 
 
+def _call(cfg: TrainConfig, name: str, *args: Any, **named: Any) -> Any:
+    """Call a `_partial_` node; arguments that it refuses are the user's."""
+    partial = instantiate(getattr(cfg, name))
+    try:
+        inspect.signature(partial).bind(*args, **named)
+    except (TypeError, ValueError) as error:
+        raise InputError(name, "does not take these arguments", error) from error
+    try:
+        return partial(*args, **named)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(name, "an argument is not accepted", error) from error
+
+
 def _draws(cfg: TrainConfig, data: ReidData, transform: Any) -> Any:
     table = None
     if cfg.boundaries is not None:
         table = load_boundaries(cfg.boundaries, cfg.data.root)
-    return instantiate(cfg.draws)(
-        data.train, transform, seed=cfg.seed, boundaries=table, max_bad_items=cfg.max_bad_items
-    )
+    return _call(
+        cfg, "draws", data.train, transform,
+        seed=cfg.seed, boundaries=table, max_bad_items=cfg.max_bad_items,
+    )  # fmt: skip
 
 
 def _model(cfg: TrainConfig, num_classes: int, world: dist.World) -> nn.Module:
-    model: nn.Module = instantiate(cfg.model)(num_classes=num_classes)
+    model: nn.Module = _call(cfg, "model", num_classes=num_classes)
     if cfg.init is not None:
         load_initial(model, Path(cfg.init))
     if cfg.batch_norm == "sync":
@@ -170,7 +187,7 @@ def _model(cfg: TrainConfig, num_classes: int, world: dist.World) -> nn.Module:
     elif cfg.batch_norm == "frozen":
         model = freeze_bn(model)
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    model.to(world.device, memory_format=layout)
+    model.to(world.device).to(memory_format=layout)
     if cfg.compile:
         model.compile()
     return model

@@ -6,11 +6,12 @@ A release is one safetensors file without training-only parts. Its metadata hold
 
 import json
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
@@ -29,7 +30,7 @@ TRUSTED = ("reid_rqen.models.", "reid_rqen.data.transforms.")
 class Trained(NamedTuple):
     """A model in evaluation mode, how its frames are prepared, and where it came from."""
 
-    model: nn.Module
+    model: Any  # an nn.Module with `frames` or `sequences`
     transform: Any
     config: dict[str, Any]
     step: int
@@ -56,10 +57,14 @@ def load_trained(
     """
     if (run_dir is None) == (checkpoint is None):
         raise InputError("run_dir, checkpoint", "give exactly one of them", (run_dir, checkpoint))
+    if checkpoint is not None and not Path(checkpoint).exists():
+        raise InputError(checkpoint, "no such release file or checkpoint folder")
     if checkpoint is not None and Path(checkpoint).is_file():
         return _from_release(Path(checkpoint), device, model_options)
     if checkpoint is not None:
         folder, run = Path(checkpoint), Path(checkpoint).parent.parent
+        if not folder.is_dir():
+            raise InputError(folder, "no such file or checkpoint folder")
     else:
         run = Path(str(run_dir))
         found = newest(run / "checkpoints")
@@ -79,6 +84,7 @@ def save_release(trained: Trained, path: Path) -> None:
     metadata = {"format": "pt", "config": json.dumps(kept), "step": str(trained.step)}
     temporary = path.with_name(path.name + ".tmp")
     save_file(state, temporary, metadata)
+    temporary.chmod(0o644)  # a release is there to be shared; the library writes 0600
     temporary.replace(path)
 
 
@@ -110,9 +116,9 @@ def _from_release(path: Path, device: torch.device | str, options: dict[str, Any
     if "config" not in metadata:
         raise InputError(path, "is not a release file: its metadata has no key", "config")
     try:
-        config = json.loads(metadata["config"])
+        config = dict(json.loads(metadata["config"]))
         step = int(metadata["step"])
-    except (ValueError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise InputError(path, "has broken metadata", error) from error
     model, transform = _build(config, path, options)
     try:
@@ -127,7 +133,7 @@ def _read_release(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError(path, "no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except SafetensorError as error:
         raise InputError(path, "is not a safetensors file", error) from error
 
@@ -143,19 +149,33 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _build(config: Mapping[str, Any], path: Path, options: dict[str, Any]) -> tuple[nn.Module, Any]:
+    for key in ("model", "transform"):
+        if not isinstance(config.get(key), Mapping):
+            raise InputError(path, f"{key} is no configuration node", config.get(key))
     for node in (config["model"], config["transform"]):
         for target in _targets(node):
             _refuse_foreign(target, path)
     model_node = {**config["model"], **options}
     if "trunk" in model_node and "weights" in model_node["trunk"]:
         model_node["trunk"] = {**model_node["trunk"], "weights": None}  # ours follow
-    return instantiate(model_node)(num_classes=None), instantiate(config["transform"])
+    try:
+        model = instantiate(model_node)(num_classes=None)
+    except (TypeError, ValueError) as error:  # an option it does not know, a region it lacks
+        raise InputError(path, "its model cannot be built", error) from error
+    return model, instantiate(config["transform"])
 
 
 def _refuse_foreign(target: str, path: Path) -> None:
-    """Only our own classes: a dotted name may also lead through a module to what it imports."""
-    known = target.startswith(TRUSTED)
-    found = get_object(target) if known else None
+    """Only our own classes: a dotted name may also lead through a module to what it imports.
+
+    An interpolation is refused, because it could turn into another target after this check.
+    """
+    module, _, name = target.rpartition(".")
+    known = target.startswith(TRUSTED) and "${" not in target
+    try:
+        found = getattr(import_module(module), name, None) if known else None
+    except ImportError:
+        found = None
     if not isinstance(found, type) or not f"{found.__module__}.".startswith(TRUSTED):
         raise InputError(path, "names a class that weights may not build", target)
 
@@ -169,3 +189,5 @@ def _targets(node: Any) -> Iterator[str]:
     elif isinstance(node, list | tuple):
         for value in node:
             yield from _targets(value)
+    elif isinstance(node, str) and "${" in node:
+        yield node

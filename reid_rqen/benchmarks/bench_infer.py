@@ -79,9 +79,7 @@ def extract_row(
     workers = 4 if device.type == "cuda" else 0
     how = Extraction(transform, World(0, 1, device), workers=workers, precision=precision)
     ours = partial(_quiet, lambda: extract(model, list(tracklets), how).vector)
-    peer = partial(
-        vectors_one_by_one, model, tracklets, transform, device, workers, precision
-    )
+    peer = partial(vectors_one_by_one, model, tracklets, transform, device, workers, precision)
     difference = float((ours() - peer()).abs().max())
     if not difference <= LIMITS[precision]:
         raise RuntimeError(f"{name} differs from one tracklet at a time by {difference}")

@@ -64,7 +64,7 @@ class Step:
 
     def __init__(self, work: Work, variant: Variant, device: torch.device, seed: int = 0) -> None:
         layout = torch.channels_last if variant.channels_last else torch.contiguous_format
-        self.model = copy.deepcopy(work.model).to(device, memory_format=layout).train()
+        self.model = copy.deepcopy(work.model).to(device).to(memory_format=layout).train()
         if variant.compiled:
             self.model.compile()
         self.optimizer = caffe_sgd(self.model, lr=1e-3, momentum=0.9, weight_decay=2e-4)
@@ -189,10 +189,13 @@ def trunk_row(
     timed = measure(
         _trunk_step(ours, frames, size, device),
         _trunk_step(theirs, frames, peer_size, device),
-        repeats + 1,
+        repeats,
     )
     cost = {side: timed[f"{side}_ms"] / frames / count[side] for side in count}
-    sides = {"ours": f"ours at {size}", "peer": f"torchvision {torchvision.__version__} at {peer_size}"}
+    sides = {
+        "ours": f"ours at {size}",
+        "peer": f"torchvision {torchvision.__version__} at {peer_size}",
+    }
     texts = [
         f"{text}: {count[side]:.3f} GMAC a frame, {cost[side]:.3g} ms per GMAC, "
         f"{1e3 * frames / timed[f'{side}_ms']:.3g} frames/s"

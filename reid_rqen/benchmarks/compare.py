@@ -1,8 +1,10 @@
 """Rows of a run against the stored rows of the same machine.
 
 What is compared is `ratio` (peer over ours), not `ours_ms`: both sides are timed in turns, so the
-load and the clock of the machine cancel. A row is worse when its ratio fell by more than the
-tolerance: at 0.1 our side has become more than 10 % slower in relation to its peer.
+load and the clock of the machine largely cancel. A row is worse when its ratio fell by more than
+the tolerance: at 0.1 our side has become more than 10 % slower in relation to its peer. The caller
+measures such a row a second time and keeps the better ratio, since one run of a busy machine
+proves nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from common.log import InputError
-from reid_rqen.benchmarks.results import FOLDER, Row, hardware, slug, versions
+from reid_rqen.benchmarks.results import Row, hardware, slug, versions
 
 
 class Change(NamedTuple):
@@ -29,8 +31,8 @@ class Change(NamedTuple):
     status: str
 
 
-def stored(threads: int, folder: Path = FOLDER) -> dict[str, Any] | None:
-    """The stored report of exactly this hardware name, or None.
+def stored(threads: int, folder: Path) -> dict[str, Any] | None:
+    """The report in `folder` of exactly this hardware name, or None.
 
     Raises:
         InputError: the file is no result file.
@@ -58,7 +60,14 @@ def compare(rows: Iterable[Row], report: Mapping[str, Any], tolerance: float) ->
     return [_change(entry, before, tolerance) for entry in rows]
 
 
-def _change(entry: Row, before: Mapping[tuple[str, ...], Any], tolerance: float) -> Change:
+def better(rows: Iterable[Row], again: Iterable[Row]) -> list[Row]:
+    """`rows`, each replaced by the row of its name in `again` if that has the greater ratio."""
+    second = {_key(entry): entry for entry in again if entry["ratio"] is not None}
+    pairs = [(entry, second.get(_key(entry), entry)) for entry in rows]
+    return [max(pair, key=lambda entry: entry["ratio"] or 0.0) for pair in pairs]
+
+
+def _change(entry: Row, before: Mapping[tuple[str, str, str], Any], tolerance: float) -> Change:
     key, now = _key(entry), entry["ratio"]
     then = before.get(key)
     if key not in before:

@@ -27,7 +27,7 @@ def vectors_one_by_one(
     vectors = []
     model.eval()
     with torch.inference_mode(), autocast(device, precision):
-        for image_TCHW, _, _ in DataLoader(dataset, batch_size=None, num_workers=workers):
-            image_1TCHW = transform.normalize(image_TCHW.to(device))[None]
-            vectors.append(model(image_1TCHW).vector_SD.cpu())
+        for image_1TCHW, _, _ in DataLoader(dataset, batch_size=None, num_workers=workers):
+            output = model(transform.normalize(image_1TCHW.to(device)))
+            vectors.append(output.vector_SD.cpu())
     return torch.cat(vectors)

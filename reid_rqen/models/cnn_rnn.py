@@ -130,6 +130,8 @@ class CNNRNN(nn.Module):
         frame: rows and columns of a frame.
     """
 
+    metric = "euclid"  # the vector has no unit norm
+
     def __init__(
         self,
         num_classes: int | None = None,

@@ -78,6 +78,8 @@ class TemporalModel(nn.Module):
         num_classes: K; None drops the classifier.
     """
 
+    metric = "euclid"  # the vector has no unit norm
+
     def __init__(
         self,
         trunk: Trunk,

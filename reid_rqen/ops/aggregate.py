@@ -4,7 +4,8 @@ arXiv 1711.08766, set aggregation: w_i^r = mu_i^r / sum_j mu_j^r over the frames
 every region on its own; F^r = sum_i w_i^r f_i^r; the set vector is [F^1; ...; F^R] divided by its
 L2 norm. Frames are never normalised one by one.
 
-Letters: S sets, T frames of a set, R regions, C channels, B frames of one update, N sets in all.
+Letters: S sets, T frames of a set, R regions, C channels, B frames of one update, M sets
+among them, N sets in all.
 """
 
 import torch
@@ -12,7 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from reid_rqen.ops.distance import full_precision
+
 EPS = 1e-12  # floor of the score sum and of the norm
+FRAMES_AT_ONCE = 256  # bounds the weight matrix of frames that all belong to different sets
 
 
 def _full(x: Tensor) -> Tensor:
@@ -80,7 +84,7 @@ def _check(feature_STRC: Tensor, score_STR: Tensor, valid_ST: Tensor | None) -> 
     if feature_STRC.dim() != 4:
         raise ValueError(f"feature has shape {tuple(feature_STRC.shape)}, need (S, T, R, C)")
     sets, frames, regions, _ = feature_STRC.shape
-    if score_STR.shape not in {(sets, frames, regions), (sets, frames, 1)}:
+    if score_STR.shape not in ((sets, frames, regions), (sets, frames, 1)):
         raise ValueError(
             f"score has shape {tuple(score_STR.shape)}, need ({sets}, {frames}, {regions} or 1)"
         )
@@ -94,8 +98,8 @@ class StreamingAggregate:
     """The aggregation of N sets whose frames arrive in any order, chunk by chunk, on any rank.
 
     Keeps sum mu f and sum mu, so memory is N*R*(C+1) numbers however long the tracklets are.
-    On CUDA the frames of a chunk are summed set by set with `segment_reduce`, which does not
-    depend on thread order; chunks and ranks only change the rounding.
+    The same chunks give the same bits on every run; other chunks, orders or ranks only change the
+    rounding. A frame that is NaN spoils the sets that share its chunk.
 
     Args:
         sets: N.
@@ -131,15 +135,27 @@ class StreamingAggregate:
             raise ValueError("update after merge_ranks: the sums of all ranks would count twice")
         self._check(index_B, feature_BRC, score_BR)
         device, dtype = self.total_NRC.device, self.total_NRC.dtype
-        index_B = index_B.to(device)
+        index_B, feature_BRC, score_BR = (x.to(device) for x in (index_B, feature_BRC, score_BR))
         kept = index_B >= 0
-        index_B = index_B[kept]
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            score_BR = score_BR.to(device, dtype)[kept].expand(-1, self.total_NRC.shape[1])
-            weighted_BRC = feature_BRC.to(device, dtype)[kept] * score_BR[..., None]
-            add_rows(self.total_NRC, index_B, weighted_BRC)
-            add_rows(self.mass_NR, index_B, score_BR)
-            self.frames_N += torch.bincount(index_B, minlength=len(self.frames_N))
+        if not bool(kept.all()):
+            index_B, feature_BRC, score_BR = index_B[kept], feature_BRC[kept], score_BR[kept]
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), full_precision():
+            parts = (x.split(FRAMES_AT_ONCE) for x in (index_B, feature_BRC, score_BR))
+            for index, feature, score in zip(*parts, strict=True):
+                self._add(index, feature.to(dtype), score.to(dtype))
+
+    def _add(self, index_B: Tensor, feature_BRC: Tensor, score_BR: Tensor) -> None:
+        target_M, slot_B = index_B.unique(return_inverse=True)
+        weight_RMB = feature_BRC.new_zeros(feature_BRC.shape[1], len(target_M), len(index_B))
+        column_B = torch.arange(len(index_B), device=index_B.device)
+        weight_RMB[:, slot_B, column_B] = score_BR.expand(-1, len(weight_RMB)).T
+        # One matrix product per region weighs and sums in one pass, in an order of its own choice
+        # that is always the same; `index_add_` on CUDA is not, and on a CPU it is slower.
+        self.total_NRC[target_M] += torch.bmm(weight_RMB, feature_BRC.transpose(0, 1)).transpose(
+            0, 1
+        )
+        self.mass_NR[target_M] += weight_RMB.sum(dim=2).T
+        self.frames_N[target_M] += torch.bincount(slot_B)
 
     def merge(self, other: "StreamingAggregate") -> None:
         """Add the sums of another stream over the same N sets."""
@@ -186,20 +202,3 @@ class StreamingAggregate:
             )
         if rows and int(index_B.max()) >= sets:
             raise ValueError(f"index {int(index_B.max())} is beyond the last of {sets} sets")
-
-
-def add_rows(sums: Tensor, index_B: Tensor, rows: Tensor) -> None:
-    """`sums[index_B[b]] += rows[b]`, in an order that does not depend on threads."""
-    if sums.is_cuda:
-        add_rows_segmented(sums, index_B, rows)
-    else:
-        sums.index_add_(0, index_B, rows)
-
-
-def add_rows_segmented(sums: Tensor, index_B: Tensor, rows: Tensor) -> None:
-    """The same through one sorted segment sum: `index_add_` on CUDA adds in any order."""
-    if not len(index_B):
-        return
-    order = index_B.argsort(stable=True)
-    target, length = index_B[order].unique_consecutive(return_counts=True)
-    sums[target] += torch.segment_reduce(rows[order].contiguous(), "sum", lengths=length, axis=0)

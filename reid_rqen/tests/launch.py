@@ -7,9 +7,11 @@ rename of a file, that is, in the middle of a save.
 import io
 import logging
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -24,7 +26,7 @@ from safetensors.torch import load_file
 
 import reid_rqen.evaluate
 import reid_rqen.train
-from common.log import exit_on_bad_input, read_metrics
+from common.log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "reid_rqen" / "configs"
@@ -55,19 +57,25 @@ class Ended(NamedTuple):
     err: str
 
 
-def command(main: Callable[[], object], *words: str) -> Ended:
-    """Run a Hydra entry point in this process the way its `__main__` does."""
+def command(module: str, *words: str) -> Ended:
+    """`python -m module` in this process."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     GlobalHydra.instance().clear()
     code: Any = 0
     out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["command", *words])
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(out),
+        redirect_stderr(err),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", ".*found in sys.modules")  # the tests import it as well
+        patch.setattr(sys, "argv", [module, *words])
         try:
-            exit_on_bad_input(main)
-        except SystemExit as exit_:
-            code = exit_.code
+            runpy.run_module(module, run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code
         finally:
             root.handlers[:], root.level = handlers, level
     return Ended(code, out.getvalue(), err.getvalue())
@@ -142,4 +150,4 @@ def _die_in_save(call: int) -> None:
 
 if __name__ == "__main__":
     _die_in_save(int(sys.argv.pop(1)))
-    exit_on_bad_input(reid_rqen.train.main)
+    runpy.run_module("reid_rqen.train", run_name="__main__")

@@ -11,7 +11,6 @@ from torch import Tensor
 from reid_rqen.losses import contrastive, set_triplet
 from reid_rqen.ops.aggregate import (
     StreamingAggregate,
-    add_rows_segmented,
     aggregate,
     aggregate_reference,
     score_weights,
@@ -224,15 +223,17 @@ def test_check_06_two_processes(tmp_path: Path) -> None:
     mp.spawn(shard, args=(str(tmp_path),), nprocs=2)
 
 
-def test_the_segmented_sum_equals_index_add() -> None:
-    index, feature, _, _ = ragged()
-    order = torch.randperm(len(index), generator=torch.Generator().manual_seed(5))
-    sums = torch.ones(9, 3, 8)
-    expected = sums.index_add(0, index[order], feature[order])
-    add_rows_segmented(sums, index[order], feature[order])
-    torch.testing.assert_close(sums, expected)
-    add_rows_segmented(sums, index[:0], feature[:0])
-    torch.testing.assert_close(sums, expected)
+def test_more_frames_than_one_product_takes_in_any_order() -> None:
+    generator = torch.Generator().manual_seed(5)
+    index = torch.randint(40, (900,), generator=generator)
+    feature = torch.rand(900, 3, 8, generator=generator)
+    score = torch.rand(900, 3, generator=generator)
+    stream = StreamingAggregate(40, 3, 8)
+    stream.update(index, feature, score)
+    total = torch.zeros(40, 3, 8, dtype=torch.float64)
+    total.index_add_(0, index, feature.double() * score.double()[..., None])
+    torch.testing.assert_close(stream.total_NRC.double(), total, rtol=0, atol=1e-5)
+    assert stream.frames_N.tolist() == torch.bincount(index, minlength=40).tolist()
 
 
 @pytest.mark.gpu

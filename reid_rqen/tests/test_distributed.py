@@ -1,0 +1,72 @@
+"""Two gloo ranks under torchrun compute what one process computes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from reid_rqen.tests.launch import evaluate, finish, rows, start, train
+from reid_rqen.weights import load_trained
+
+pytestmark = pytest.mark.slow
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def two(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training on two ranks with the global batch of the others."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    words = (*tiny, "device=cpu", f"run_dir={folder}", f"steps={STEPS}")
+    done = finish(start("reid_rqen.train", *words, ranks=2))
+    assert done.code == 0, done.err
+    return folder
+
+
+def test_two_ranks_train_like_one(run: Path, two: Path) -> None:
+    alone, shared = rows(run)[:STEPS], rows(two)
+    assert [row["step"] for row in shared] == list(range(1, STEPS + 1))
+    for name in ("loss", "triplet", "softmax", "contrastive", "lr"):
+        got, expected = ([row[name] for row in part] for part in (shared, alone))
+        np.testing.assert_allclose(got, expected, rtol=1e-4, err_msg=name)
+    left = load_trained(two).model.state_dict()
+    folder = run / "checkpoints" / f"step_{STEPS:08d}"
+    right = load_trained(checkpoint=folder).model.state_dict()
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_a_run_of_two_ranks_goes_on_with_one(
+    run: Path, two: Path, tiny: list[str], tmp_path: Path
+) -> None:
+    import shutil
+
+    again = shutil.copytree(two, tmp_path / "again")
+    train(*tiny, f"run_dir={again}", f"steps={STEPS + 3}")
+    expected = [row["loss"] for row in rows(run)[: STEPS + 3]]
+    assert [row["loss"] for row in rows(again)] == pytest.approx(expected, rel=1e-3)
+
+
+def test_two_ranks_evaluate_exactly_like_one(run: Path, tmp_path: Path) -> None:
+    words = (f"run_dir={run}", "save_features=true")
+    process = start(
+        "reid_rqen.evaluate", *words, f"out={tmp_path / 'two'}", "device=cpu", "workers=0", ranks=2
+    )
+    result = evaluate(*words, f"out={tmp_path / 'one'}")
+    done = finish(process)
+    assert done.code == 0, done.err
+    assert done.out.count("protocol lpw") == 1  # the main rank alone prints
+    shared = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    alone = json.loads(json.dumps(result))
+    for facts in (shared, alone):
+        facts.pop("seconds")
+    assert shared == alone
+    with (
+        np.load(tmp_path / "one" / "features.npz") as one,
+        np.load(tmp_path / "two" / "features.npz") as other,
+    ):
+        assert sorted(one) == sorted(other)
+        for name in one:
+            np.testing.assert_allclose(other[name], one[name], rtol=0, atol=1e-6, err_msg=name)
