@@ -28,7 +28,6 @@ from rich.table import Table
 from common.log import InputError, exit_on_bad_input, get_logger, setup_logging
 from reid_rqen.benchmarks import bench_ops, compare, results
 from reid_rqen.benchmarks.bench_infer import infer_rows
-from reid_rqen.benchmarks.bench_ops import BenchConfig
 from reid_rqen.benchmarks.bench_train import train_rows
 from reid_rqen.benchmarks.results import Row
 
@@ -36,19 +35,25 @@ GROUPS = (*bench_ops.GROUPS, "train", "infer")
 
 
 @dataclass
-class SuiteConfig(BenchConfig):
-    """Schema of configs/benchmarks.yaml."""
+class BenchConfig:
+    """Schema of configs/bench.yaml."""
 
+    out: str | None = None  # default: results/ beside this file
     groups: list[str] = field(default_factory=lambda: list(GROUPS))
+    threads: list[int] = field(default_factory=lambda: [1, 0])  # 0: all
+    repeats: int = 5
+    full: bool = False  # also 10,000 x 100,000 and re-ranking at the size of MARS
+    mars_info: str | None = None  # folder of the published .mat files, for their labels
+    seed: int = 0
     compile: bool = False  # torch.compile on a CPU too; on CUDA always
     compare: bool = False
     tolerance: float = 0.1  # fraction by which a row may be slower than stored
 
 
-ConfigStore.instance().store("benchmarks_schema", SuiteConfig)
+ConfigStore.instance().store("bench_schema", BenchConfig)
 
 
-def run(cfg: SuiteConfig) -> int:
+def run(cfg: BenchConfig) -> int:
     """Measure, print and write; returns the number of rows that are worse than stored.
 
     Raises:
@@ -84,7 +89,7 @@ def plan(groups: list[str], threads: list[int], every: int) -> dict[int, list[st
     return {count: names for count, names in chosen.items() if names}
 
 
-def _rows(cfg: SuiteConfig, group: str) -> Iterator[Row]:
+def _rows(cfg: BenchConfig, group: str) -> Iterator[Row]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runs: dict[str, Callable[[], Iterator[Row]]] = {
         "evaluate": partial(bench_ops.evaluate_rows, cfg),
@@ -100,7 +105,7 @@ def _rows(cfg: SuiteConfig, group: str) -> Iterator[Row]:
 
 
 def _measure_worse_again(
-    cfg: SuiteConfig, measured: dict[str, list[Row]], report: dict[str, Any]
+    cfg: BenchConfig, measured: dict[str, list[Row]], report: dict[str, Any]
 ) -> None:
     """Replace rows by a second measurement in the groups that look worse than stored."""
     for group, rows in measured.items():
@@ -111,13 +116,13 @@ def _measure_worse_again(
             measured[group] = compare.better(rows, _rows(cfg, group))
 
 
-def _out(cfg: SuiteConfig) -> Path:
+def _out(cfg: BenchConfig) -> Path:
     if cfg.out is not None:
         return Path(cfg.out)
     return Path("runs/rqen/bench") if cfg.compare else results.FOLDER
 
 
-def _check(cfg: SuiteConfig) -> None:
+def _check(cfg: BenchConfig) -> None:
     if set(cfg.groups) - set(GROUPS) or not cfg.groups:
         raise InputError("groups", f"must be some of {GROUPS}", list(cfg.groups))
     if not cfg.threads or min(cfg.threads) < 0:
@@ -138,7 +143,7 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=150)
 
 
-@hydra.main(version_base=None, config_path="../configs", config_name="benchmarks")
+@hydra.main(version_base=None, config_path="../configs", config_name="bench")
 def main(cfg: DictConfig) -> None:
     setup_logging(0)
     settings: Any = OmegaConf.to_object(cfg)

@@ -1,4 +1,4 @@
-"""Speed of evaluation, re-ranking and aggregation: `python -m reid_rqen.benchmarks.bench_ops`.
+"""Speed of evaluation, re-ranking and aggregation; run by `python -m reid_rqen.benchmarks`.
 
 Every row compares outputs first, then times both sides in turns in this process. `full=true` adds
 the sizes of MARS and 10,000 x 100,000. `mars_info=DIR` (tracks_test_info.mat, query_IDX.mat) takes
@@ -11,23 +11,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
-import hydra
 import numpy as np
 import torch
-from hydra.core.config_store import ConfigStore
 from numpy.typing import NDArray
-from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.table import Table
 
-from common.log import InputError, exit_on_bad_input
-from reid_rqen.benchmarks import peer_rank, results
+from reid_rqen.benchmarks import peer_rank
 from reid_rqen.benchmarks.peer_aggregate import vectors_by_loop
 from reid_rqen.benchmarks.peer_rerank import rerank_dense
 from reid_rqen.benchmarks.problems import Labels, clustered, lpw_labels, mars_labels, mars_lengths
@@ -57,20 +50,13 @@ print(peak() - before)
 """
 
 
-@dataclass
-class BenchConfig:
-    """Schema of configs/bench.yaml."""
+class Sizes(Protocol):
+    """What the rows read of the benchmark's configuration."""
 
-    out: str | None = None  # default: results/ beside this file
-    groups: list[str] = field(default_factory=lambda: list(GROUPS))
-    threads: list[int] = field(default_factory=lambda: [1, 0])  # 0: all
-    repeats: int = 5
-    full: bool = False
-    mars_info: str | None = None
-    seed: int = 0
-
-
-ConfigStore.instance().store("bench_schema", BenchConfig)
+    repeats: int
+    full: bool
+    mars_info: str | None
+    seed: int
 
 
 class Case(NamedTuple):
@@ -83,34 +69,7 @@ class Case(NamedTuple):
     gallery_cam: NDArray
 
 
-def bench(cfg: BenchConfig) -> list[Path]:
-    """Run the groups for every thread count; returns the files that were written.
-
-    Scores are counted on one thread, ours and the peers', so `evaluate` runs for the first only.
-    """
-    if set(cfg.groups) - set(GROUPS) or not cfg.groups:
-        raise InputError("groups", f"must be some of {GROUPS}", list(cfg.groups))
-    if cfg.repeats < 1 or any(count < 0 for count in cfg.threads):
-        raise InputError("repeats, threads", "must be positive", f"{cfg.repeats}, {cfg.threads}")
-    runs: dict[str, Callable[[BenchConfig], Iterator[Row]]] = {
-        "evaluate": evaluate_rows,
-        "rerank": rerank_rows,
-        "aggregate": aggregate_rows,
-    }
-    written = []
-    before = torch.get_num_threads()
-    groups = list(cfg.groups)
-    for threads in dict.fromkeys(count or before for count in cfg.threads):
-        torch.set_num_threads(threads)
-        rows = [entry for group in groups for entry in runs[group](cfg)]
-        _print(rows, threads)
-        groups = [group for group in groups if group != "evaluate"]
-        written.append(results.merge(rows, threads, Path(cfg.out) if cfg.out else results.FOLDER))
-    torch.set_num_threads(before)
-    return written
-
-
-def evaluate_rows(cfg: BenchConfig) -> Iterator[Row]:
+def evaluate_rows(cfg: Sizes) -> Iterator[Row]:
     """The evaluator against torchreid's rule in Cython and Python, a loop and scikit-learn."""
     lpw = _case(lpw_labels(cfg.seed), cfg.seed)
     mars = _case(mars_labels(cfg.mars_info, cfg.seed), cfg.seed)
@@ -192,7 +151,7 @@ def _large_row(seed: int) -> Row:
     return found | {"ours_ms": (time.perf_counter() - start) * 1e3}
 
 
-def rerank_rows(cfg: BenchConfig) -> Iterator[Row]:
+def rerank_rows(cfg: Sizes) -> Iterator[Row]:
     """Sparse k-reciprocal re-ranking against the usual dense code: time, then peak memory."""
     for total in (1000, 4000, *([11310] if cfg.full else [])):
         queries = total * 1980 // 11310
@@ -234,7 +193,7 @@ def peak_mib(side: str, total: int, seed: int) -> float | None:
     return int(done.stdout) / 1024 if done.returncode == 0 else None
 
 
-def aggregate_rows(cfg: BenchConfig) -> Iterator[Row]:
+def aggregate_rows(cfg: Sizes) -> Iterator[Row]:
     """Streamed weighted means against a loop over tracklets, at the tracklet lengths of MARS."""
     length_N = mars_lengths(cfg.mars_info, cfg.seed)[: 2000 if cfg.full else 400]
     generator = torch.Generator().manual_seed(cfg.seed)
@@ -266,22 +225,3 @@ def _agree(name: str, peer: str, difference: float, limit: float) -> None:
 
 def _shape(case: Case) -> str:
     return "x".join(str(size) for size in case.distance.shape)
-
-
-def _print(rows: list[Row], threads: int) -> None:
-    table = Table(*results.COLUMNS, title=results.hardware(threads))
-    for entry in rows:
-        table.add_row(*results.cells(entry))
-    console = Console()
-    (console if console.is_terminal else Console(width=150)).print(table)
-
-
-@hydra.main(version_base=None, config_path="../configs", config_name="bench")
-def main(cfg: DictConfig) -> None:
-    settings: Any = OmegaConf.to_object(cfg)
-    for path in bench(settings):
-        Console().print(f"wrote {path}")
-
-
-if __name__ == "__main__":
-    exit_on_bad_input(main)

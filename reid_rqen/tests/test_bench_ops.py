@@ -11,7 +11,7 @@ import torch
 
 from common.log import InputError
 from reid_rqen.benchmarks import results
-from reid_rqen.benchmarks.bench_ops import BenchConfig, bench
+from reid_rqen.benchmarks.__main__ import BenchConfig, run
 from reid_rqen.benchmarks.peer_aggregate import vectors_by_loop
 from reid_rqen.benchmarks.problems import clustered, lpw_labels, mars_labels, mars_lengths
 from reid_rqen.ops.aggregate import aggregate_reference, set_vector
@@ -56,9 +56,9 @@ def test_both_sides_are_called_in_turns() -> None:
 
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(InputError, match="groups: must be some of"):
-        bench(BenchConfig(groups=["speed"]))
+        run(BenchConfig(groups=["speed"]))
     with pytest.raises(InputError, match="must be positive"):
-        bench(BenchConfig(repeats=0))
+        run(BenchConfig(repeats=0))
     with pytest.raises(InputError, match=r"tracks_test_info\.mat: no such file"):
         mars_lengths("nowhere", 0)
 

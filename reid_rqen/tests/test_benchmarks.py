@@ -12,7 +12,7 @@ import torch
 from common.log import InputError
 from reid_rqen.benchmarks import __main__ as suite
 from reid_rqen.benchmarks import bench_infer, bench_train, results
-from reid_rqen.benchmarks.__main__ import SuiteConfig, plan
+from reid_rqen.benchmarks.__main__ import BenchConfig, plan
 from reid_rqen.benchmarks.bench_infer import extract_row, replica_tracklets, synthetic_tracklets
 from reid_rqen.benchmarks.bench_train import Step, Variant, Work, gmac, step_row, train_rows
 from reid_rqen.benchmarks.compare import better, compare, stored, table
@@ -97,7 +97,7 @@ def test_scores_are_counted_on_the_first_thread_count_only() -> None:
 )
 def test_wrong_settings_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        suite.run(SuiteConfig(**changes))
+        suite.run(BenchConfig(**changes))
 
 
 def test_the_better_of_two_measurements_is_kept() -> None:
@@ -112,16 +112,16 @@ def test_a_worse_run_fails_and_leaves_the_stored_results(
 ) -> None:
     ratios = [1.0, 2.0, 1.0, 1.5, 1.0, 2.1]
 
-    def rows(cfg: SuiteConfig, group: str) -> Iterator[Row]:
+    def rows(cfg: BenchConfig, group: str) -> Iterator[Row]:
         yield timed("a", ratios.pop(0))
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(results, "FOLDER", tmp_path / "stored")
     monkeypatch.setattr(suite, "_rows", rows)
-    cfg = SuiteConfig(groups=["train"], threads=[1], compare=True)
+    cfg = BenchConfig(groups=["train"], threads=[1], compare=True)
     assert suite.run(cfg) == 0
     assert "not compared: no stored results for" in capsys.readouterr().out
-    assert suite.run(SuiteConfig(groups=["train"], threads=[1])) == 0
+    assert suite.run(BenchConfig(groups=["train"], threads=[1])) == 0
     assert suite.run(cfg) == 1, "1.0 and then 1.5 are both worse than 2.0"
     assert "worse" in capsys.readouterr().out
     assert suite.run(cfg) == 0, "the second measurement says 2.1"
@@ -200,7 +200,7 @@ def test_unmeasured_compilation_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.slow
 def test_a_small_run_writes_the_contract_files(tmp_path: Path) -> None:
-    cfg = SuiteConfig(out=str(tmp_path), groups=["aggregate"], threads=[1], repeats=1)
+    cfg = BenchConfig(out=str(tmp_path), groups=["aggregate"], threads=[1], repeats=1)
     assert suite.run(cfg) == 0
     path = tmp_path / f"{results.slug(results.hardware(1))}.json"
     found = json.loads(path.read_text())

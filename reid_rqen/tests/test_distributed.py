@@ -1,6 +1,7 @@
 """Two gloo ranks under torchrun compute what one process computes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,38 +16,50 @@ STEPS = 10
 
 
 @pytest.fixture(scope="module")
-def two(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training on two ranks with the global batch of the others."""
+def plain(tiny: list[str]) -> list[str]:
+    """Plain SGD: Adam divides by the size of a gradient and so blows up rounding where it is 0."""
+    return [*tiny, "optim=sgd", "optim.lr=0.01", "optim.momentum=0.9"]
+
+
+@pytest.fixture(scope="module")
+def one(plain: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one") / "run"
+    train(*plain, f"run_dir={folder}", f"steps={STEPS + 3}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(plain: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on two ranks with the same global batch, ten steps of it."""
     folder = tmp_path_factory.mktemp("two") / "run"
-    words = (*tiny, "device=cpu", f"run_dir={folder}", f"steps={STEPS}")
+    words = (*plain, "device=cpu", f"run_dir={folder}", f"steps={STEPS}")
     done = finish(start("reid_rqen.train", *words, ranks=2))
     assert done.code == 0, done.err
     return folder
 
 
-def test_two_ranks_train_like_one(run: Path, two: Path) -> None:
-    alone, shared = rows(run)[:STEPS], rows(two)
+def test_two_ranks_train_like_one(one: Path, two: Path) -> None:
+    alone, shared = rows(one)[:STEPS], rows(two)
     assert [row["step"] for row in shared] == list(range(1, STEPS + 1))
-    for name in ("loss", "triplet", "softmax", "contrastive", "lr"):
+    for name in ("loss", "triplet", "softmax", "contrastive", "accuracy", "grad_norm", "lr"):
         got, expected = ([row[name] for row in part] for part in (shared, alone))
         np.testing.assert_allclose(got, expected, rtol=1e-4, err_msg=name)
     left = load_trained(two).model.state_dict()
-    folder = run / "checkpoints" / f"step_{STEPS:08d}"
+    folder = one / "checkpoints" / f"step_{STEPS:08d}"
     right = load_trained(checkpoint=folder).model.state_dict()
     assert left.keys() == right.keys()
     for name in left:
-        torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=1e-4, msg=name)
+        torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_a_run_of_two_ranks_goes_on_with_one(
-    run: Path, two: Path, tiny: list[str], tmp_path: Path
+    one: Path, two: Path, plain: list[str], tmp_path: Path
 ) -> None:
-    import shutil
-
     again = shutil.copytree(two, tmp_path / "again")
-    train(*tiny, f"run_dir={again}", f"steps={STEPS + 3}")
-    expected = [row["loss"] for row in rows(run)[: STEPS + 3]]
-    assert [row["loss"] for row in rows(again)] == pytest.approx(expected, rel=1e-3)
+    train(*plain, f"run_dir={again}", f"steps={STEPS + 3}")
+    expected = [row["loss"] for row in rows(one)]
+    assert len(expected) == STEPS + 3
+    assert [row["loss"] for row in rows(again)] == pytest.approx(expected, rel=1e-4)
 
 
 def test_two_ranks_evaluate_exactly_like_one(run: Path, tmp_path: Path) -> None:

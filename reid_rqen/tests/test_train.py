@@ -12,10 +12,14 @@ from torch import Tensor, nn
 from common import dist
 from common.checkpoint import load_model
 from common.log import InputError
+from reid_rqen.data.lpw import load_lpw
 from reid_rqen.engine import Extraction, extract, shorten
 from reid_rqen.losses import score_spread
+from reid_rqen.models.output import FrameOutput
 from reid_rqen.tests.launch import rows, saved, train
-from reid_rqen.weights import load_trained
+from reid_rqen.weights import load_trained, save_release
+
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def column(run: Path, name: str) -> np.ndarray:
@@ -148,8 +152,6 @@ def test_a_loss_that_is_no_number_is_not_saved(tiny: list[str], tmp_path: Path) 
 def test_init_starts_from_weights_and_keeps_the_classifier_new(
     run: Path, tiny: list[str], tmp_path: Path
 ) -> None:
-    from reid_rqen.weights import save_release
-
     save_release(load_trained(run), tmp_path / "weights.safetensors")
     words = [*tiny, f"init={tmp_path / 'weights.safetensors'}", "optim.lr=0.0", "steps=1"]
     train(*words, f"run_dir={tmp_path / 'run'}")
@@ -162,17 +164,12 @@ def test_init_starts_from_weights_and_keeps_the_classifier_new(
         load_model(tmp_path / "run" / "checkpoints" / "step_00000001", model)
 
 
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-
-
 class Constant(nn.Module):
     """A frame model whose vector is the mean colour."""
 
     regions, channels, dimensions = 1, 3, 3
 
     def frames(self, image_BCHW: Tensor, edge_BE: Tensor | None) -> Any:
-        from reid_rqen.models.output import FrameOutput
-
         mean_BC = image_BCHW.mean(dim=(2, 3))
         return FrameOutput(mean_BC[:, None], torch.ones(len(mean_BC), 1))
 
@@ -188,8 +185,6 @@ class Sequence(nn.Module):
 def test_shares_of_ranks_make_the_whole_even_when_some_are_empty(
     run: Path, synth: Path, model: nn.Module
 ) -> None:
-    from reid_rqen.data.lpw import load_lpw
-
     transform, tracklets = load_trained(run).transform, load_lpw(synth).query[:2]
     alone = extract(model, tracklets, Extraction(transform, dist.init("cpu"), batch=5))
     worlds = [dist.World(rank, 5, torch.device("cpu")) for rank in range(5)]
@@ -200,8 +195,6 @@ def test_shares_of_ranks_make_the_whole_even_when_some_are_empty(
 
 
 def test_shortened_tracklets_keep_both_ends(synth: Path) -> None:
-    from reid_rqen.data.lpw import load_lpw
-
     tracklet = load_lpw(synth).query[0]
     names = [path.stem for path in shorten(tracklet, 4).frames]
     assert names == ["1", "5", "8", "12"]
