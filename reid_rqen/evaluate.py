@@ -248,10 +248,7 @@ def _plain(value: Any) -> Any:
 
 def show(result: dict[str, Any]) -> None:
     """Print the scores with the protocol and the counts they stand on."""
-    table = Table(
-        title=f"protocol {result['protocol']}, metric {result['metric']}"
-        + (", k-reciprocal re-ranking" if result["rerank"] else "")
-    )
+    table, console = Table(), Console()
     table.add_column("measure")
     table.add_column("value", justify="right")
     for name in ("cmc@1", "cmc@5", "cmc@10", "cmc@20", "mAP", "mINP"):
@@ -261,7 +258,9 @@ def show(result: dict[str, Any]) -> None:
         if name in result:
             table.add_row(name, str(result[name]))
     table.add_row("tied", f"{100 * result['tie_fraction']:.2f} %")
-    Console().print(table)
+    rerank = ", k-reciprocal re-ranking" if result["rerank"] else ""
+    console.print(f"protocol {result['protocol']}, metric {result['metric']}{rerank}")
+    console.print(table)
     if result["pessimistic_reported"]:
         get_logger(__name__).warning(
             "over 1 %% of the positives are tied: pessimistic values shown"
