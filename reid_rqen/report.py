@@ -64,8 +64,8 @@ def draw_training(runs: Mapping[str, Path], path: Path) -> None:
 def draw_tracklets(job: Job, path: Path, count: int = 4) -> None:
     """Frames of some query tracklets with the score of every region and the true covers."""
     trained = open_run(job)
-    queries = load_lpw(job.data).query
-    score = look(trained, job.data).query.score
+    data = load_lpw(job.data)
+    queries, score = data.query, look(trained, data).query.score
     clean = clean_table(job.data)
     edges = (0.0, *trained.model.pool.edges, 1.0)
     rows = []

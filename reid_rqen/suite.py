@@ -19,7 +19,7 @@ from common import dist
 from common.log import InputError, progress, read_metrics
 from reid_rqen.data.lpw import load_lpw
 from reid_rqen.data.synthetic import generate
-from reid_rqen.data.tracklet import Tracklet
+from reid_rqen.data.tracklet import ReidData, Tracklet
 from reid_rqen.engine import Extraction
 from reid_rqen.evaluate import Embedded, embed
 from reid_rqen.metrics import evaluate_features
@@ -135,18 +135,18 @@ def open_run(job: Job, **model_options: Any) -> Trained:
     return load_trained(job.run_dir, device=dist.init().device, **model_options)
 
 
-def look(trained: Trained, data: Path) -> Embedded:
+def look(trained: Trained, data: ReidData) -> Embedded:
     """Query and gallery of a synthetic data set as the model sees them."""
-    return embed(trained, load_lpw(data), Extraction(trained.transform, dist.init(), batch=512))
+    return embed(trained, data, Extraction(trained.transform, dist.init(), batch=512))
 
 
-def measure(job: Job, data: Path | None = None, **model_options: Any) -> Measured:
+def measure(job: Job, root: Path | None = None, **model_options: Any) -> Measured:
     """Score a job on its own data set, or on another one of the same form."""
-    data = job.data if data is None else data
-    trained = open_run(job, **model_options)
-    embedded = look(trained, data)
-    result = evaluate_features(embedded.features, "lpw")
-    return Measured(result, region_auc(load_lpw(data).query, embedded.query.score, data))
+    root = job.data if root is None else root
+    data = load_lpw(root)
+    embedded = look(open_run(job, **model_options), data)
+    result = evaluate_features(embedded.features, data.protocol)
+    return Measured(result, region_auc(data.query, embedded.query.score, root))
 
 
 def clean_table(root: Path) -> dict[Path, np.ndarray]:
