@@ -7,8 +7,11 @@ iterator starts. A run that must continue exactly gives it one of its own:
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -32,15 +35,26 @@ def seed_everything(seed: int, rank: int = 0) -> None:
 
 
 def worker_init(worker_id: int) -> None:
-    """Seed Python and numpy of a DataLoader worker; keep OpenCV on one thread.
+    """Start a DataLoader worker: seed Python and numpy, one OpenCV thread, deaf to a job's SIGTERM.
 
-    torch has seeded itself by then, differently for each worker and epoch.
+    torch has seeded itself by then, differently for each worker and epoch. A cluster that ends a
+    job signals all its processes; the trainer still needs its workers then, up to its last save.
     """
     words = np.random.SeedSequence([torch.initial_seed(), worker_id]).generate_state(2)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))  # noqa: NPY002 - as above
     if "cv2" in sys.modules:
         sys.modules["cv2"].setNumThreads(0)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    """End a worker when its own trainer asks: ignoring that signal would keep it for ever."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def rng_state() -> dict[str, Any]:

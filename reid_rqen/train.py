@@ -7,7 +7,6 @@ same draws in the same order.
 
 import inspect
 import math
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,17 +207,11 @@ def _loader(
         batch_size=cfg.global_batch // world.size,
         sampler=sampler,
         num_workers=cfg.workers,
-        worker_init_fn=_start_worker,
+        worker_init_fn=worker_init,
         pin_memory=world.device.type == "cuda",
         # Its own generator: starting a loader must not move the stream that dropout draws from.
         generator=torch.Generator().manual_seed(cfg.seed),
     )
-
-
-def _start_worker(worker_id: int) -> None:
-    # A cluster signals every process of a job: workers must outlive SIGTERM until the last save.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    worker_init(worker_id)
 
 
 def _measure(

@@ -74,7 +74,7 @@ def load_trained(
     config = _read_config(run / "config.yaml")
     model, transform = _build(config, run / "config.yaml", model_options)
     step = load_model(folder, model, ignore=TRAINING_ONLY)
-    return Trained(model.to(device).eval(), transform, config, step, folder)
+    return Trained(_ready(model, device), transform, config, step, folder)
 
 
 def save_release(trained: Trained, path: Path) -> None:
@@ -125,7 +125,7 @@ def _from_release(path: Path, device: torch.device | str, options: dict[str, Any
         model.load_state_dict(state)
     except RuntimeError as error:
         raise InputError(path, "weights do not fit its configuration", error) from error
-    return Trained(model.to(device).eval(), transform, config, step, path)
+    return Trained(_ready(model, device), transform, config, step, path)
 
 
 def _read_release(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -163,6 +163,11 @@ def _build(config: Mapping[str, Any], path: Path, options: dict[str, Any]) -> tu
     except (TypeError, ValueError) as error:  # an option it does not know, a region it lacks
         raise InputError(path, "its model cannot be built", error) from error
     return model, instantiate(config["transform"])
+
+
+def _ready(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """In evaluation mode on its device; channels last, in which convolutions run faster."""
+    return model.to(device).eval().to(memory_format=torch.channels_last)
 
 
 def _refuse_foreign(target: str, path: Path) -> None:

@@ -14,3 +14,19 @@ def vectors_by_loop(length_N: list[int], feature_BRC: Tensor, score_BR: Tensor) 
         weight_TR = score_TR / score_TR.sum(dim=0)
         vectors.append(torch.einsum("tr,trc->rc", weight_TR, feature_TRC).flatten())
     return torch.nn.functional.normalize(torch.stack(vectors), dim=1)
+
+
+def vectors_by_streamed_loop(
+    length_N: list[int], feature_BRC: Tensor, score_BR: Tensor, chunk: int
+) -> Tensor:
+    """The same when frames arrive in chunks: the tracklets of each chunk are summed one by one."""
+    index_B = torch.arange(len(length_N)).repeat_interleave(torch.tensor(length_N))
+    total_NRC = feature_BRC.new_zeros(len(length_N), *feature_BRC.shape[1:])
+    mass_NR = score_BR.new_zeros(len(length_N), score_BR.shape[1])
+    chunks = (part.split(chunk) for part in (index_B, feature_BRC, score_BR))
+    for index, feature, score in zip(*chunks, strict=True):
+        for tracklet in index.unique().tolist():
+            mine = index == tracklet
+            total_NRC[tracklet] += (feature[mine] * score[mine][..., None]).sum(dim=0)
+            mass_NR[tracklet] += score[mine].sum(dim=0)
+    return torch.nn.functional.normalize((total_NRC / mass_NR[..., None]).flatten(1), dim=1)

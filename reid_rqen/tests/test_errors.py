@@ -225,15 +225,21 @@ def test_a_setting_that_is_not_accepted(word: str, line: str, synth: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_a_real_process_says_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ("data=lpw", f"data.root={tmp_path / 'none'}", f"run_dir={tmp_path}", "steps=1")
-    plain, misspelt = start(TRAIN, *words), start(EVALUATE, "rernk=true")
+def test_real_processes_say_one_line(replica: dict[str, Path], tmp_path: Path) -> None:
+    root = shutil.copytree(replica["lpw"], tmp_path / "set")
+    expected = unreadable_picture(root)
+    words = ("data=lpw", f"run_dir={tmp_path}", "steps=1")
+    no_data = start(TRAIN, *words, f"data.root={tmp_path / 'none'}")
+    misspelt = start(EVALUATE, "rernk=true")
+    # The error comes from a worker, and the workers must not keep the process alive.
+    unreadable = start(TRAIN, *words, f"data.root={root}", "workers=2", "transform=tiny")
+    done = finish(no_data)
     line = f"error: {tmp_path / 'none'}: data set not found, none of these folders exists: "
-    done = finish(plain)
     assert done.err.startswith(line)
     assert done.err.count("\n") == 1
     assert done.out == ""
     assert finish(misspelt) == (2, "", "error: rernk: Key 'rernk' not in 'EvalConfig': true\n")
+    assert complaint(finish(unreadable)).startswith(expected)
 
 
 def test_the_traceback_is_there_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
