@@ -33,7 +33,7 @@ from reid_rqen.engine import Extracted, Extraction, extract
 from reid_rqen.feature_file import Features, load
 from reid_rqen.metrics import LEARNED_METRICS, Learner, RankEvaluator, evaluate_features
 from reid_rqen.ops.rerank import KReciprocal
-from reid_rqen.weights import Trained, load_trained
+from reid_rqen.weights import Trained, load_trained, refuse_foreign_loader
 
 
 @dataclass
@@ -123,6 +123,8 @@ def evaluate_model(cfg: EvalConfig, world: dist.World) -> tuple[dict[str, Any], 
     node: Any = source if cfg.eval is None else OmegaConf.to_container(cfg.eval, resolve=True)
     if "_target_" not in node:
         raise InputError("eval", "a release file does not know where its data is; name a data set")
+    if cfg.eval is None:
+        refuse_foreign_loader(node, trained.source)
     _check_split(source, node)
     data: ReidData = instantiate(node)
     protocol = cfg.protocol or data.protocol

@@ -170,19 +170,34 @@ def _ready(model: nn.Module, device: torch.device | str) -> nn.Module:
     return model.to(device).eval().to(memory_format=torch.channels_last)
 
 
-def _refuse_foreign(target: str, path: Path) -> None:
-    """Only our own classes: a dotted name may also lead through a module to what it imports.
+def refuse_foreign_loader(node: Any, path: Path) -> None:
+    """Raise `InputError` unless a run's `data` node calls one of our loaders and nothing else."""
+    for target in _targets(node):
+        found = _find(target, ("reid_rqen.data.",))
+        if not getattr(found, "__name__", "").startswith("load_"):
+            raise InputError(path, "names a loader that a run may not call", target)
 
-    An interpolation is refused, because it could turn into another target after this check.
+
+def _refuse_foreign(target: str, path: Path) -> None:
+    """Raise `InputError` unless the target is a class of our models or transforms."""
+    if not isinstance(_find(target, TRUSTED), type):
+        raise InputError(path, "names a class that weights may not build", target)
+
+
+def _find(target: str, trusted: tuple[str, ...]) -> Any:
+    """What a target names, or None when that is not defined in a trusted module.
+
+    A dotted name may also lead through a module to what it imports, and an interpolation could
+    turn into another target after this check: neither is found.
     """
     module, _, name = target.rpartition(".")
-    known = target.startswith(TRUSTED) and "${" not in target
+    if not target.startswith(trusted) or "${" in target:
+        return None
     try:
-        found = getattr(import_module(module), name, None) if known else None
+        found = getattr(import_module(module), name, None)
     except ImportError:
-        found = None
-    if not isinstance(found, type) or not f"{found.__module__}.".startswith(TRUSTED):
-        raise InputError(path, "names a class that weights may not build", target)
+        return None
+    return found if f"{getattr(found, '__module__', '')}.".startswith(trusted) else None
 
 
 def _targets(node: Any) -> Iterator[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from common.log import InputError
 from reid_rqen.data.lpw import load_lpw
@@ -180,3 +181,17 @@ def test_each_model_has_its_own_distance(replica: dict[str, Path], tmp_path: Pat
     words = (f"run_dir={tmp_path}", f"out={tmp_path}", "max_frames=2")
     assert evaluate(*words)["metric"] == "euclid"
     assert evaluate(*words, "metric=cosine")["metric"] == "cosine"
+
+
+@pytest.mark.parametrize(
+    "target", ["os.system", "reid_rqen.data.synthetic.generate", "reid_rqen.data.mars.np.load"]
+)
+def test_a_run_may_not_name_a_foreign_loader(run: Path, tmp_path: Path, target: str) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = OmegaConf.load(copy / "config.yaml")
+    config.data = {"_target_": target, "root": str(tmp_path / "never")}
+    OmegaConf.save(config, copy / "config.yaml")
+    with pytest.raises(InputError, match=rf"may not call: {target}"):
+        evaluate(f"run_dir={copy}", f"out={tmp_path}")
+    assert not (tmp_path / "never").exists()
