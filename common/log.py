@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from rich import progress as bars
 from rich.console import Console
@@ -42,9 +43,10 @@ class InputError(ValueError):
 def exit_on_bad_input(main: Callable[[], object]) -> None:
     """Run a Hydra `main`; bad input ends as one line on stderr and exit code 2.
 
-    Bad input is an `InputError`, a configuration that does not compose, and a `_target_` that is
-    not there or refuses its arguments. Everything else is a programming error and keeps its
-    traceback. HYDRA_FULL_ERROR=1 in the environment shows the traceback of bad input as well.
+    Bad input is an `InputError`, a configuration that does not compose, a `_target_` that is not
+    there or refuses its arguments, and a file or folder that the system refuses. Everything else is
+    a programming error and keeps its traceback. HYDRA_FULL_ERROR=1 in the environment shows the
+    traceback of bad input as well.
     """
     user_wants_all = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit with code 1 by itself
@@ -94,6 +96,8 @@ def _describe(error: BaseException) -> str | None:
     cause, text = error.__cause__, str(error).strip()
     if isinstance(error, InputError):
         return text
+    if isinstance(error, OSError) and isinstance(error.filename, str | Path):
+        return str(InputError(error.filename, error.strerror or type(error).__name__))
     if isinstance(error, OmegaConfBaseException):
         key, what = error.full_key or "config", str(error.msg or error).splitlines()[0]
         typed = (word.partition("=")[2] for word in sys.argv if word.startswith(f"{key}="))
@@ -110,8 +114,11 @@ def _describe(error: BaseException) -> str | None:
             InputError(key, text.splitlines()[0].partition(", set env")[0].rstrip(":"), cause)
         )
     if isinstance(error, MissingConfigException) and error.options is not None:
+        name = error.missing_cfg_file or "config"
         what = f"is not there, only {', '.join(error.options)}"
-        return str(InputError(error.missing_cfg_file or "config", what))
+        if not error.options:  # its choices lie in folders
+            what = f"is not there; see the files below configs/{name.partition('/')[0]}"
+        return str(InputError(name, what))
     if isinstance(error, OverrideParseException):
         return str(InputError(error.override, "cannot be parsed", text.splitlines()[0]))
     return " ".join(text.split()) if isinstance(error, HydraException) else None
@@ -157,12 +164,17 @@ class MetricLogger:
     """Writes metrics to the log, to `folder/metrics.jsonl` and to `folder/tensorboard`.
 
     One JSON object a line with the key `step`. NaN and infinity have no JSON form: they are
-    written as null. Every row is flushed. Off the main rank nothing is written.
+    written as null. Every row is flushed. Off the main rank nothing is written. The file is locked
+    as long as it is open: two trainings in one folder would also spoil each other's checkpoints.
+    The lock goes with the process, so a killed one leaves none; fork data workers before.
 
     Args:
         folder: the run folder, created when absent.
         main: whether this process is the one that writes.
         tensorboard: also write TensorBoard events (a warning, once, when it is not installed).
+
+    Raises:
+        InputError: another process is writing there.
     """
 
     def __init__(self, folder: Path, main: bool = True, tensorboard: bool = True):
@@ -172,8 +184,9 @@ class MetricLogger:
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / "metrics.jsonl"
-            _mend(path)
             self._file = path.open("a", encoding="utf-8")
+            _lock(self._file, path)
+            _mend(path)
 
     def log(self, step: int, **values: Any) -> None:
         """Write one row; values are numbers (also of numpy and 0-d tensors), strings or None."""
@@ -227,6 +240,16 @@ def _plain(value: Any) -> str | int | float | None:
         return value
     number = float(value)
     return number if math.isfinite(number) else None
+
+
+def _lock(file: IO[str], path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise InputError(path, "another process is training in this folder") from error
+    except OSError:  # a file system without locks
+        get_logger(__name__).warning("%s cannot be locked: start no second run there", path)
 
 
 def _mend(path: Path) -> None:

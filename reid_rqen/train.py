@@ -101,7 +101,6 @@ def train(cfg: TrainConfig) -> dict[str, float]:
     start = checkpoint.resume()
     described = OmegaConf.to_container(cfg, resolve=True)
     described |= {"train_set": data.name, "num_classes": data.num_classes}  # type: ignore[operator]
-    rundir.prepare(Path(cfg.run_dir), described, world.main)  # type: ignore[arg-type]
     loader = iter(_loader(cfg, draws, sampler, world))
     wrapped = _distributed(model, world).train()
     speed, last = Throughput(), {}
@@ -109,6 +108,7 @@ def train(cfg: TrainConfig) -> dict[str, float]:
         MetricLogger(Path(cfg.run_dir), world.main, cfg.tensorboard) as log,
         progress(world.main) as bar,
     ):
+        rundir.prepare(Path(cfg.run_dir), described, world.main)  # type: ignore[arg-type]
         task = bar.add_task(Path(cfg.run_dir).name, total=cfg.steps, completed=start)
         for step in range(start + 1, cfg.steps + 1):
             loss, parts = train_step(

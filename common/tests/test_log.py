@@ -254,3 +254,24 @@ def test_throughput_is_the_rate_of_the_window(monkeypatch: pytest.MonkeyPatch) -
     assert meter.rate() == 16
     with pytest.raises(ValueError, match="window=0"):
         Throughput(0)
+
+
+def test_two_writers_in_one_folder_are_refused(tmp_path: Path) -> None:
+    with MetricLogger(tmp_path, tensorboard=False) as first:
+        first.log(1, loss=1.0)
+        with pytest.raises(InputError, match=r"metrics\.jsonl: another process is training"):
+            MetricLogger(tmp_path, tensorboard=False)
+        first.log(2, loss=0.5)
+    with MetricLogger(tmp_path, tensorboard=False) as second:
+        second.log(3, loss=0.25)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_folder_that_the_system_refuses_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        Path("/proc/nowhere/run").mkdir(parents=True)
+
+    with pytest.raises(SystemExit) as ended:
+        exit_on_bad_input(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: /proc/nowhere: No such file or directory\n"
