@@ -239,4 +239,8 @@ if __name__ == "__main__":
     dist.init("cpu", timeout_s=60)
     jobs = {"train": train, "collectives": collectives, "two_ranks": two_ranks}
     sys.stdout.write(json.dumps(jobs[sys.argv[1]](*sys.argv[2:])) + "\n")
+    sys.stdout.flush()
+    dist.barrier()
     dist.shutdown()
+    # Threads of gloo that are still running while the interpreter is torn down can abort it.
+    os._exit(0)
