@@ -36,6 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: BASE_PYTHON: needs Python 3.11 or newer: $(BASE_PYTHON)" >&2; exit 2; }
 	$(BASE_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
+	@$(PYTHON) -c 'import cv2' || { echo "error: opencv-python: cannot be imported (a slim image lacks libGL): apt-get install libgl1 libglib2.0-0" >&2; exit 2; }
 	@touch $@
 
 setup: $(STAMP) ## .venv with the pinned versions; no-op when nothing changed
