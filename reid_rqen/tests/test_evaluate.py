@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from common.log import InputError
 from reid_rqen.data.lpw import load_lpw
 from reid_rqen.tests.launch import command, evaluate, train
+from reid_rqen.tests.test_metrics import PROBLEMS, matlab_mars, problem
 from reid_rqen.weights import load_trained, save_release
 
 # queries, gallery, training identities of the replicas
@@ -195,3 +196,24 @@ def test_a_run_may_not_name_a_foreign_loader(run: Path, tmp_path: Path, target: 
     with pytest.raises(InputError, match=rf"may not call: {target}"):
         evaluate(f"run_dir={copy}", f"out={tmp_path}")
     assert not (tmp_path / "never").exists()
+
+
+def test_check_08_feature_files_score_as_the_matlab_rule(tmp_path: Path) -> None:
+    """`evaluate protocol=mars_official features=FILE` on 200 random files."""
+    file = tmp_path / "f.npz"
+    for seed in range(PROBLEMS):
+        case = problem(seed, junk=True)
+        rng = np.random.default_rng([seed, 1])
+        query, gallery = (rng.normal(size=(size, 16)).astype(np.float32) for size in
+                          case.distance.shape)  # fmt: skip
+        unit_QD, unit_GD = (
+            x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
+            for x in (query, gallery)
+        )
+        labels = {name: value for name, value in case._asdict().items() if name != "distance"}
+        np.savez(file, query_feat=query, gallery_feat=gallery, **labels)
+        scores = evaluate(f"features={file}", "protocol=mars_official", f"out={tmp_path}")
+        average, first, valid = matlab_mars(case._replace(distance=-unit_QD @ unit_GD.T))
+        assert scores["mAP"] == pytest.approx(average, abs=1e-12)
+        assert scores["cmc@1"] == pytest.approx(first, abs=1e-12)
+        assert scores["valid"] == valid
