@@ -1,0 +1,1 @@
+"""Data sets of video recognition: lists, readers, sampling, transforms and clips."""

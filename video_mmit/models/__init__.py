@@ -1,0 +1,1 @@
+"""Networks: backbones, temporal modules and the recognisers made of them."""
