@@ -53,7 +53,7 @@ class DemoConfig:
 
     out: str = "runs/demo/mmit"
     seeds: list[int] = field(default_factory=lambda: [0])
-    steps: int = 500
+    steps: int = 600
     jobs: int = 2
     videos: dict[str, int] = field(default_factory=dict)  # train, val: how many; usual when empty
     rule: Rule = field(default_factory=Rule)

@@ -41,7 +41,7 @@ from video_mmit.inputs import Source, find_videos
 from video_mmit.models.tin import TIN, record_offsets
 from video_mmit.weights import Trained, load_trained
 
-TALLEST = 256  # rows of the frames that are kept for drawing
+KEPT = (256, 1280)  # most rows and columns of the frames that are kept for drawing
 LISTED = 20  # videos printed
 
 
@@ -199,12 +199,13 @@ def _score(
 
 
 def _small(frame_HWC: np.ndarray) -> np.ndarray:
-    """A copy to draw, of at most `TALLEST` rows; flow as colours."""
+    """A copy to draw, of at most the size `KEPT`; flow as colours."""
     import cv2
 
     rows, columns = frame_HWC.shape[:2]
-    if rows > TALLEST:
-        size = (max(1, round(columns * TALLEST / rows)), TALLEST)
+    factor = min(KEPT[0] / rows, KEPT[1] / columns)
+    if factor < 1:
+        size = (max(1, round(columns * factor)), max(1, round(rows * factor)))
         frame_HWC = cv2.resize(frame_HWC, size, interpolation=cv2.INTER_AREA)
     return frame_HWC.copy() if frame_HWC.shape[2] == 3 else flow_colours(frame_HWC)
 
@@ -242,7 +243,7 @@ def run(cfg: PredictConfig) -> dict[str, Any]:
     how = how._replace(fuse=cfg.fuse, batch=cfg.batch, precision=cfg.precision)
     out = Path(cfg.out)
     sources = find_videos(Path(cfg.input), cfg.backend, _flow(trained), leave_out=out)
-    result = describe(trained, how) | {"videos": [], "skipped": []}
+    result = describe(trained, how) | {"backend": cfg.backend, "videos": [], "skipped": []}
     with progress() as bar:
         for source in bar.track(sources, description="predict"):
             draw = cfg.pictures is None or len(result["videos"]) < cfg.pictures

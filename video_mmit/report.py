@@ -31,9 +31,12 @@ def draw_bars(
     groups: Mapping[str, Sequence[Bar]], path: Path, title: str, chance: float | None = None
 ) -> None:
     """One panel a group; the bar is the mean over the seeds, dots are the seeds."""
-    count = max(len(bars) for bars in groups.values())
-    figure, axes = _figure(columns=len(groups), height=1.6 + 0.42 * count)
-    for axis, (name, bars) in zip(np.atleast_1d(axes), groups.items(), strict=True):
+    most = max(len(bars) for bars in groups.values())
+    columns = min(len(groups), 3 if len(groups) != 4 else 2)
+    rows = -(-len(groups) // columns)
+    figure, axes = _figure(columns, rows, height=1.1 + 0.34 * most)
+    panels = list(np.ravel(axes))
+    for axis, (name, bars) in zip(panels, groups.items(), strict=False):
         for row, bar in enumerate(bars):
             value = 100 * np.asarray(bar.values, dtype=float)
             axis.barh(row, value.mean(), color=COLOURS[row % len(COLOURS)], height=0.62)
@@ -42,8 +45,10 @@ def draw_bars(
         if chance is not None:
             axis.axvline(100 * chance, color="black", lw=1, ls=":")
         axis.set_yticks(range(len(bars)), [bar.name for bar in bars])
-        axis.set(title=name, xlim=(0, 100.5), xlabel="%")
+        axis.set(title=name, xlim=(0, 101), xlabel="%")
         axis.invert_yaxis()
+    for axis in panels[len(groups) :]:
+        axis.set_axis_off()
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
 
@@ -93,12 +98,13 @@ def draw_learned_offsets(job: Job, path: Path) -> None:
     draw_offsets(tracks, path, start=tin["offset_init"], limit=tin["offset_scale"] / 2)
 
 
-def _figure(columns: int = 1, height: float = 4.6) -> tuple[Any, Any]:
+def _figure(columns: int = 1, rows: int = 1, height: float = 4.6) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.4 * columns if columns > 1 else 7.5, height), layout="constrained")
-    axes = figure.subplots(1, columns)
-    for axis in np.atleast_1d(axes):
+    width = 4.6 * columns if columns > 2 else 5.4 * columns
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns)
+    for axis in np.ravel(axes):
         axis.grid(alpha=0.3)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)

@@ -76,7 +76,9 @@ class NonLocal(nn.Module):
     def _attend(self, query_NPI: Tensor, key_NQI: Tensor, value_NQI: Tensor) -> Tensor:
         if self.mode == "dot":  # the sum over keys first: no (P, Q) matrix
             return query_NPI @ (key_NQI.mT @ value_NQI / key_NQI.shape[1])
-        return F.scaled_dot_product_attention(query_NPI, key_NQI, value_NQI, scale=1.0)
+        # With a dimension of one head: ONNX and the fused CUDA kernels take nothing else.
+        query_N1PI, key_N1QI, value_N1QI = (x[:, None] for x in (query_NPI, key_NQI, value_NQI))
+        return F.scaled_dot_product_attention(query_N1PI, key_N1QI, value_N1QI, scale=1.0)[:, 0]
 
     def _pooled(self, x_BHWC: Tensor) -> Tensor:
         if not self.pool:

@@ -25,7 +25,6 @@ MODELS = "video_mmit.models"
 CLASSES = ("a", "b", "c", "d", "e")
 TINY = {"_target_": f"{MODELS}.tiny.TinyNet", "widths": [16]}
 TINY2 = {**TINY, "widths": [16, 32]}
-RESNET18 = {"_target_": f"{MODELS}.resnet.ResNet", "block": "basic", "layers": [2, 2, 2, 2]}
 TSN = {
     "_target_": f"{MODELS}.frame_net.FrameNet",
     "_partial_": True,
@@ -118,23 +117,21 @@ def check_export(path: Path, **options: Any) -> dict[str, Any]:
 
 SMALL = [
     pytest.param(TSN, 3, id="tsn"),
+    pytest.param(TSM, 3, id="tsm"),
     pytest.param({**TIN, "backbone": TINY2}, 3, id="tin"),
     pytest.param(TRN, 3, id="trn"),
     pytest.param(non_local(TSN, "embedded"), 3, id="non_local"),
 ]
 LARGE = [
-    pytest.param({**TSN, "backbone": RESNET18}, 3, id="tsn_resnet18"),
-    pytest.param({**TSM, "backbone": RESNET18}, 3, id="tsm_resnet18"),
     pytest.param(R2PLUS1D, 2, id="r2plus1d"),
     pytest.param(R3D, 2, id="r3d"),
-    pytest.param({**TIN, "backbone": RESNET18}, 3, id="tin_resnet18"),
+    pytest.param(SLOWFAST, 4, id="slowfast"),
+    pytest.param(PYSLOWFAST, 8, id="pyslowfast"),
     pytest.param(non_local(TIN, "gaussian"), 3, id="tin_non_local_gaussian"),
-    pytest.param(non_local(R3D, "dot"), 2, id="r3d_non_local_dot"),
+    pytest.param(non_local(TSM, "dot"), 3, id="tsm_non_local_dot"),
     pytest.param(
         {**TSM, "backbone": TINY2, "tsm": {**TSM["tsm"], "temporal_pool": True}}, 4, id="tsm_pool"
     ),
-    pytest.param(SLOWFAST, 4, id="slowfast"),
-    pytest.param(PYSLOWFAST, 8, id="pyslowfast"),
 ]
 
 

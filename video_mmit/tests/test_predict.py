@@ -17,7 +17,6 @@ import video_mmit
 from common.checkpoint import Checkpointer
 from common.log import InputError
 from video_mmit.data.video import read_frames
-from video_mmit.inputs import find_videos
 from video_mmit.predict import PredictConfig, Trained, flow_colours, open_trained, predict, run
 from video_mmit.tests.clip_files import draw, write_opencv
 from video_mmit.tests.launch import command
@@ -32,6 +31,7 @@ TRANSFORM = {
     "scale_size": 36,
 }
 TIN = {"_target_": "video_mmit.models.tin.add_tin", "_partial_": True, "offset_scale": 5.0}
+LONG = {"sampler": {**SAMPLER, "length": 3}}
 
 
 def node(channels: int = 3, **parts: Any) -> dict[str, Any]:
@@ -172,11 +172,7 @@ def test_a_folder_of_pictures_equals_the_file(tin: Path, film: Path, tmp_path: P
     same = ("probabilities", "index", "times", "frames", "top", "offsets")
     assert {key: video[key] for key in same} == {key: again[key] for key in same}
     assert (video["id"], video["picture"]) == ("clip.7", "clip.7.png")
-
-
-def test_pictures_have_no_times_unless_told(tsn: Path, tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "a", draw(5))
-    (video,) = go(tsn, folder, tmp_path / "out")["videos"]
+    (video,) = go(tin, folder, tmp_path / "out")["videos"]  # pictures state no rate
     assert (video["rate"], video["times"]) == (None, None)
 
 
@@ -317,19 +313,13 @@ def test_the_public_function_takes_whatever_holds_weights(tin: Path, film: Path)
         video_mmit.predict(loaded, film, clips=0)
     with pytest.raises(ValueError, match="crops=2"):
         video_mmit.predict(loaded, film, crops=2)
-
-
-def test_the_public_function_takes_one_video(tin: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="top: need one video, found: 3"):
-        video_mmit.predict(tin, make_tree(tmp_path / "top"))
+        video_mmit.predict(loaded, make_tree(film.parent / "top"))
 
 
 def test_equal_probabilities_are_listed_in_label_order(film: Path, tmp_path: Path) -> None:
     path = release(tmp_path / "a.safetensors", node(head_std=0.0))
     assert [label for label, _ in video_mmit.predict(path, film).top(3)] == [0, 1, 2]
-
-
-LONG = {"sampler": {**SAMPLER, "length": 3}}
 
 
 def test_flow_models_look_for_flow(tmp_path: Path) -> None:
@@ -348,12 +338,6 @@ def test_flow_models_look_for_flow(tmp_path: Path) -> None:
     assert index_T.shape == (3 * FRAMES,)
     wanted_K = by_hand(path, flow, index_T)[0].sigmoid()
     np.testing.assert_allclose(video["probabilities"], wanted_K, atol=1e-6)
-    (source,) = find_videos(folder, flow=False)  # other models do not see the flow
-    with source.reader.open(source.video) as clip:
-        assert (clip.frames, clip.read(np.arange(1)).shape[-1]) == (9, 3)
-    write_opencv(tmp_path / "a.mp4", draw(3))
-    with pytest.raises(InputError, match=r"a\.mp4: the model needs a folder of optical-flow"):
-        predict(path, tmp_path / "a.mp4")
 
 
 def test_difference_models_take_several_frames_a_position(film: Path, tmp_path: Path) -> None:
