@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
 from common.log import InputError
@@ -43,6 +42,7 @@ class PictureReader:
     @contextmanager
     def open(self, video: Video) -> Iterator[Clip]:
         """Open a picture; decoding it raises `InputError` when it is none."""
+        import cv2
 
         def decode(wanted: np.ndarray) -> np.ndarray:
             data = np.fromfile(video.path, dtype=np.uint8)
@@ -197,6 +197,8 @@ def _escape(text: str) -> str:
 
 def frame_rate(path: Path) -> float | None:
     """Frames per second that a video file states; None when it states none."""
+    import cv2
+
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # FFmpeg would write to stderr
     level = cv2.utils.logging.getLogLevel()
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)

@@ -1,12 +1,12 @@
 """All speed benchmarks: `python -m video_mmit.benchmarks [out=DIR] [quick=true] [compare=true]`.
 
 Writes `<hardware>.json` and `.md` into `out`; the thread count is part of the hardware name.
-Measures are counted on one thread, so the group `metrics` runs with the first of `threads` only.
+Measures and readers work on one thread: these groups run with the first of `threads` only.
 A GPU is used when there is one. With more threads than free cores the rows of networks say little.
 
-`quick=true` is for continuous integration: smaller inputs, at most two repeats, under five minutes
-on two cores. `full=true` adds types, layouts and lengths to the operators' rows; on CUDA it is
-the default.
+`quick=true` is for continuous integration: smaller inputs and fewer repeats, under five minutes on
+two cores. `full=true` adds types, layouts and lengths to the operators' rows; on CUDA it is the
+default.
 
 `compare=true` compares with the stored results of the same hardware name (see `compare.py`) and
 exits with 1 when a row is worse; its own results go to runs/mmit/bench unless `out` says
@@ -32,12 +32,13 @@ from rich.table import Table
 from common.log import InputError, exit_on_bad_input, get_logger, setup_logging
 from video_mmit.benchmarks import bench_ops, compare, results
 from video_mmit.benchmarks.bench_infer import infer_rows
-from video_mmit.benchmarks.bench_loader import loader_rows
+from video_mmit.benchmarks.bench_loader import loader_rows, read_rows
 from video_mmit.benchmarks.bench_metrics import metric_rows
 from video_mmit.benchmarks.bench_train import train_rows
 from video_mmit.benchmarks.results import Row
 
-GROUPS = (*bench_ops.GROUPS, "metrics", "train", "infer", "loader")
+GROUPS = (*bench_ops.GROUPS, "metrics", "train", "infer", "read", "loader")
+ONE_THREAD = ("metrics", "read")
 QUICK_REPEATS = 2
 
 
@@ -49,7 +50,7 @@ class BenchConfig:
     groups: list[str] = field(default_factory=lambda: list(GROUPS))
     threads: list[int] = field(default_factory=lambda: [1, 0])  # 0: all
     repeats: int = 5
-    quick: bool = False  # smaller inputs, at most two repeats
+    quick: bool = False  # smaller inputs, fewer repeats
     full: bool | None = None  # operators also in other types and layouts; null: on CUDA
     seed: int = 0
     compile: bool = False  # torch.compile on a CPU too; on CUDA always
@@ -100,7 +101,7 @@ def run(cfg: BenchConfig) -> int:
 def plan(groups: list[str], threads: list[int], every: int) -> dict[int, list[str]]:
     """Groups to run for each thread count; a count of 0 stands for `every` thread."""
     counts = list(dict.fromkeys(count or every for count in threads))
-    later = [name for name in groups if name != "metrics"]
+    later = [name for name in groups if name not in ONE_THREAD]
     chosen = {count: groups if count == counts[0] else later for count in counts}
     return {count: names for count, names in chosen.items() if names}
 
@@ -110,13 +111,15 @@ def _rows(cfg: BenchConfig, group: str) -> Iterator[Row]:
     repeats = min(cfg.repeats, QUICK_REPEATS) if cfg.quick else cfg.repeats
     full = device.type == "cuda" and not cfg.quick if cfg.full is None else cfg.full
     sizes = OperatorSizes(repeats, full, cfg.seed)
-    networks = (repeats, device, cfg.compile, cfg.quick, cfg.seed)
+    # The inputs of networks are already small, and their ratios are near 1: every repeat is needed.
+    networks = (cfg.repeats, device, cfg.compile, cfg.quick, cfg.seed)
     runs: dict[str, Callable[[], Iterator[Row]]] = {
         "interlace": partial(bench_ops.interlace_rows, sizes),
         "shift": partial(bench_ops.shift_rows, sizes),
         "metrics": partial(metric_rows, repeats, cfg.quick, cfg.seed),
         "train": partial(train_rows, *networks),
         "infer": partial(infer_rows, *networks),
+        "read": partial(read_rows, repeats, cfg.quick, cfg.seed),
         "loader": partial(loader_rows, repeats, device, cfg.quick, cfg.seed),
     }
     for entry in runs[group]():

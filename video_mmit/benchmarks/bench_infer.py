@@ -197,7 +197,7 @@ def volume_row(
 
 
 def views_row(depth: int, size: int, repeats: int, device: torch.device, seed: int) -> Row:
-    """Thirty views of a file: read once, in one batch, against a clip and then a view at a time."""
+    """Thirty views of a file: read once, in batches, against a clip and then a view at a time."""
     variant = Variant("bfloat16" if device.type == "cuda" else "float32", channels_last=True)
     net = placed(recogniser("TIN", depth, 8, seed), variant, device).eval()
     with TemporaryDirectory() as folder:
@@ -205,7 +205,7 @@ def views_row(depth: int, size: int, repeats: int, device: torch.device, seed: i
         data = as_data(videos, FileReader())
         how = Views(
             GroupTransform(size, size * 8 // 7), World(0, 1, device), CROPS, CLIPS,
-            batch=CROPS * CLIPS, precision=variant.precision,
+            precision=variant.precision,
         )  # fmt: skip
         ours = partial(_quiet, partial(score_videos, net, videos, data, how))
         peer = partial(scores_by_view, net, videos, data, how)

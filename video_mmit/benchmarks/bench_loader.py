@@ -1,10 +1,13 @@
 """Speed of reading clips, and of training with what is read.
 
-The group `loader` of `python -m video_mmit.benchmarks`: one batched read of sorted positions
-without repeats, as `video_mmit.data.video` reads, against one call of decord a frame as X-Temporal
-reads; decord against OpenCV and PyAV; a small training with either loader, and with its clips in
-memory. Every reader decodes on one thread; the frames are compared first. Codings that cannot be
-written here (H.264 needs PyAV) are rows without times.
+The group `read` of `python -m video_mmit.benchmarks`: one batched read of sorted positions without
+repeats, as `video_mmit.data.video` reads, against one call of decord a frame as X-Temporal reads;
+decord against OpenCV and PyAV; key frames close together against a single one. Every reader decodes
+on one thread. Codings that cannot be written here (H.264 needs PyAV) are rows without times.
+
+The group `loader`: a small training with either way of reading, and with its clips in memory.
+
+Frames are compared before they are timed.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from video_mmit.benchmarks.peer_read import FrameByFrame
 from video_mmit.benchmarks.results import Row, measure, row
 from video_mmit.benchmarks.videos import (
     CODINGS,
+    FRAMES,
     HEIGHT,
     WIDTH,
     as_data,
@@ -41,6 +45,7 @@ from video_mmit.data.video import FileReader
 from video_mmit.data.video_data import Reader, Video
 
 COUNT = 8  # frames of a clip
+LONG_VIDEO = 300  # frames; ten seconds, as in Kinetics
 DECODERS_AGREE = 3.0  # mean difference in grey levels
 
 
@@ -67,35 +72,30 @@ class Sample(NamedTuple):
         return found
 
 
-def loader_rows(
-    repeats: int, device: torch.device, quick: bool = False, seed: int = 0
-) -> Iterator[Row]:
-    """Reading in every coding, then training from files.
+def read_rows(repeats: int, quick: bool = False, seed: int = 0) -> Iterator[Row]:
+    """Reading in every coding; none of it depends on the number of threads.
 
     Args:
         repeats: timed calls of each side.
-        device: where the small network trains.
-        quick: fewer videos and clips.
-        seed: of videos, draws and weights.
+        quick: fewer videos.
+        seed: of the videos.
     """
+    count = 3 if quick else 12
     with TemporaryDirectory() as folder:
-        sets: dict[str, list[Video]] = {}
         for name, coding in CODINGS.items():
             reason = missing(coding)
             if reason is not None:
                 yield row("read", coding.label, "frame by frame", f"not measured: {reason}")
                 continue
-            sets[name] = write_videos(Path(folder) / name, coding, 3 if quick else 12, seed)
+            videos = write_videos(Path(folder) / name, coding, count, seed)
             for clips in (1, 10):
-                yield from read_rows(Sample(sets[name], clips, coding.label), repeats)
-        if "short" in sets and "long" in sets:
-            short, long = (Sample(sets[name], 1, CODINGS[name].label) for name in ("short", "long"))
-            yield coding_row(short, long, repeats)
-        name = "long" if "long" in sets else "mp4v"
-        yield from training_rows(sets[name], CODINGS[name].label, repeats, device, quick, seed)
+                yield from reader_rows(Sample(videos, clips, coding.label), repeats)
+        if not any(missing(CODINGS[name]) for name in ("short", "long")):
+            for frames in (FRAMES, LONG_VIDEO):
+                yield coding_row(Path(folder) / str(frames), frames, count, repeats, seed)
 
 
-def read_rows(sample: Sample, repeats: int) -> Iterator[Row]:
+def reader_rows(sample: Sample, repeats: int) -> Iterator[Row]:
     """Our decord reader against a call for every frame, OpenCV and PyAV.
 
     Raises:
@@ -133,15 +133,20 @@ def greatest_difference(ours: list[np.ndarray], peer: list[np.ndarray], mean: fl
     return max(float(gap.max()) for gap in gaps)
 
 
-def coding_row(short: Sample, long: Sample, repeats: int) -> Row:
+def coding_row(folder: Path, frames: int, count: int, repeats: int, seed: int) -> Row:
     """The same videos with key frames close together, and with one; both read by decord."""
     reader = FileReader()
+    short, long = (
+        Sample(write_videos(folder / name, CODINGS[name], count, seed, frames), 1, "H.264")
+        for name in ("short", "long")
+    )
     pairs = zip(short.read(reader), long.read(reader), strict=True)
     gap = np.mean([np.abs(a.astype(np.int16) - b).mean() for a, b in pairs])
     timed = measure(partial(short.read, reader), partial(long.read, reader), repeats)
     clips = rates(timed, len(short.videos), "clips")
     note = f"coded twice, so the frames differ by {gap:.1f} grey levels on average"
-    return measured("read, decord", short.shape, long.label, timed, None, clips, note)
+    name, peer = "read, decord, key frame every 8", "one key frame"
+    return measured(name, short.shape, peer, timed, None, clips, note)
 
 
 class Feed:
@@ -173,17 +178,33 @@ class Feed:
             step(item)
 
 
-def training_rows(
-    videos: list[Video], label: str, repeats: int, device: torch.device, quick: bool, seed: int
+def loader_rows(
+    repeats: int, device: torch.device, quick: bool = False, seed: int = 0
 ) -> Iterator[Row]:
     """The loader alone, then with training steps of a TSN-R18; the peer reads frame by frame.
 
     Then training from files against the same steps on clips in memory: a ratio of 1 says that the
     network never waits. Workers are as many as threads, or none for a single thread.
 
+    Args:
+        repeats: timed calls of each side.
+        device: where the network trains.
+        quick: fewer videos and clips.
+        seed: of videos, draws and weights.
+
     Raises:
         RuntimeError: the loaders' clips differ.
     """
+    coding = CODINGS["mp4v" if missing(CODINGS["long"]) else "long"]
+    with TemporaryDirectory() as folder:
+        videos = write_videos(Path(folder), coding, 3 if quick else 12, seed)
+        yield from training_rows(videos, coding.label, repeats, device, quick, seed)
+
+
+def training_rows(
+    videos: list[Video], label: str, repeats: int, device: torch.device, quick: bool, seed: int
+) -> Iterator[Row]:
+    """The rows of `loader_rows` on these videos."""
     batch, batches = (4, 2) if quick else (8, 4)
     threads = torch.get_num_threads()
     workers = min(threads, 16) if threads > 1 else 0

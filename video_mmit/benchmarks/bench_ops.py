@@ -201,7 +201,7 @@ def _against_copy(case: Case, repeats: int) -> Iterator[Row]:
 
 
 def _mmcv_row(cfg: Sizes) -> Row:
-    """`mmcv.ops.tin_shift` moves whole frames on CUDA; its backward has the forward's index."""
+    """`mmcv.ops.tin_shift` moves whole frames on CUDA; by its source its backward is no adjoint."""
     case = problem(*SHAPES[2], Kind(), cfg.seed)
     case = case._replace(offset=case.offset.round(), weight=torch.ones_like(case.weight))
     name, peer = "interlace, forward", "mmcv.ops.tin_shift, whole frames"
@@ -218,6 +218,6 @@ def _mmcv_row(cfg: Sizes) -> Row:
     with torch.no_grad():
         ours = _forward(interlace, case)[0][:, : case.fold]
         difference = _difference(ours.unflatten(0, (len(case.offset), -1)).flatten(3), theirs())
-    note = "forward only: its backward is not the adjoint; without the other channels"
+    note = "forward only, as its backward is not the adjoint; without the other channels"
     timed = measure(partial(_forward, interlace, case), theirs, cfg.repeats)
     return row(name, case.label, peer, note) | timed | {"max_abs_diff": difference}

@@ -1,7 +1,7 @@
 """Videos that the benchmarks make for themselves, of the size of Multi-Moments': 3 s, 340x256.
 
-A camera pans over a grained texture and a disc moves, so that neighbouring frames differ about as
-much as those of a real video: 0.5 to 2 Mbit/s, depending on the coding.
+A camera pans over a grained texture and a disc moves, which takes 0.5 to 2 Mbit/s depending on the
+coding. Real videos have other motion and other noise.
 """
 
 from __future__ import annotations

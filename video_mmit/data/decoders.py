@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import cv2
 import numpy as np
 
 from common.log import InputError
@@ -184,6 +183,8 @@ def _reason(error: Exception) -> str:
 
 def open_opencv(path: str, head: bytes) -> DecodedClip:
     """Open with OpenCV, which decodes from the start; `head` is what `inspect` returned."""
+    import cv2
+
     with _capture(path) as capture:
         frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
         if not (head[:4] == b"RIFF" or head[4:8] == b"ftyp"):
@@ -199,8 +200,10 @@ def open_opencv(path: str, head: bytes) -> DecodedClip:
     return DecodedClip(path, frames, decode)
 
 
-def _grab(capture: cv2.VideoCapture, path: str, wanted: np.ndarray) -> list[np.ndarray]:
+def _grab(capture: Any, path: str, wanted: np.ndarray) -> list[np.ndarray]:
     """RGB frames in the order of the file, because OpenCV's seeks are not exact."""
+    import cv2
+
     position, images = -1, []
     for target in wanted:
         while position < target:
@@ -215,8 +218,10 @@ def _grab(capture: cv2.VideoCapture, path: str, wanted: np.ndarray) -> list[np.n
 
 
 @contextmanager
-def _capture(path: str) -> Iterator[cv2.VideoCapture]:
+def _capture(path: str) -> Iterator[Any]:
     """An opened video that says nothing on stderr."""
+    import cv2
+
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     level = cv2.utils.logging.getLogLevel()
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)

@@ -10,7 +10,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 SIZE, FRAMES = 32, 8
@@ -41,6 +40,8 @@ def write_video(path: Path, label: int = 0, frames: int = FRAMES) -> None:
     Raises:
         RuntimeError: OpenCV cannot encode it.
     """
+    import cv2
+
     path.parent.mkdir(parents=True, exist_ok=True)
     code = cv2.VideoWriter.fourcc(*CODECS[path.suffix])
     writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, code, 8.0, (SIZE, SIZE))
@@ -55,6 +56,8 @@ def write_folder(
     path: Path, label: int = 0, frames: int = FRAMES, template: str = JPEG, flow: bool = False
 ) -> None:
     """A folder of JPEGs counted from 1; with `flow` an x and a y picture (y inverted) a frame."""
+    import cv2
+
     path.mkdir(parents=True, exist_ok=True)
     for time in range(frames):
         image = frame(label, time)

@@ -10,7 +10,6 @@ same of the result.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -262,6 +261,8 @@ def _crop(frames_FHWC: np.ndarray, box: Box, size: int) -> np.ndarray:
 
 
 def _resize(frames_FHWC: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    import cv2
+
     if frames_FHWC.shape[1:3] == (rows, columns):
         return frames_FHWC
     resized_FhwC = np.empty((len(frames_FHWC), rows, columns, frames_FHWC.shape[3]), np.uint8)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from common.log import InputError
@@ -108,6 +107,8 @@ class FolderReader:
         Raises:
             InputError: the folder is missing or has no picture, or the numbering has a hole.
         """
+        import cv2
+
         files = _numbered(video.path, self.template, (), self.first)
 
         def decode(wanted: np.ndarray) -> np.ndarray:
@@ -143,6 +144,8 @@ class FlowReader:
         Raises:
             InputError: as `FolderReader.open`, or x and y differ in number.
         """
+        import cv2
+
         x, y = (_numbered(video.path, self.template, (axis,), self.first) for axis in "xy")
         if len(x) != len(y):
             raise InputError(video.path, "differs in number of x and y", f"{len(x)} and {len(y)}")
@@ -202,6 +205,8 @@ def _numbered(folder: Path, template: str, axis: tuple[str, ...], first: int) ->
 
 
 def _picture(path: Path, mode: int) -> np.ndarray:
+    import cv2
+
     try:
         data = np.fromfile(path, dtype=np.uint8)
     except OSError as error:

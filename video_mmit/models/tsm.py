@@ -128,10 +128,9 @@ def add_tsm(
     if n_round < 1 or (blocks is not None and n_round != 1):
         raise ValueError(f"n_round={n_round}: need at least 1, and 1 when blocks are given")
     chosen = _chosen(backbone, n_round, blocks)
-    whole = residual_blocks(backbone)  # blocks that see all T frames
-    if temporal_pool:
-        whole = stage_blocks(backbone)[0]
-        pool, first = TemporalPool(num_segments), stages(backbone)[0]
+    pool = TemporalPool(num_segments) if temporal_pool else None
+    # the blocks that see all T frames
+    whole = residual_blocks(backbone) if pool is None else stage_blocks(backbone)[0]
     lengths = [num_segments if block in whole else num_segments // 2 for block in chosen]
     modules = [TemporalShift(frames, shift_div) for frames in lengths]
     for block, module in zip(chosen, modules, strict=True):
@@ -139,8 +138,8 @@ def add_tsm(
             replace_module(backbone, block, TemporalBlock(module, block))
         else:
             block.conv1 = TemporalConv(module, block.conv1)
-    if temporal_pool:  # at the end of layer1, where it changes no key of layer2
-        first.append(pool)
+    if pool is not None:  # at the end of layer1, where it changes no key of layer2
+        stages(backbone)[0].append(pool)
 
 
 def _chosen(backbone: nn.Module, n_round: int, blocks: Sequence[int] | None) -> list[Block]:

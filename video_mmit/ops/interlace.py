@@ -63,11 +63,11 @@ def interlace(
 
 
 def _portable(impl: str) -> str:
-    """What to run, as far as the name and an export in progress decide it."""
+    """The implementation by name; in an export one of standard operators."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r}: need one of {', '.join(IMPLEMENTATIONS)}")
-    if impl in ("auto", "hat") and torch.compiler.is_exporting():
-        return "reference"  # standard operators only: a custom one would not run elsewhere
+    if impl != "gather" and torch.compiler.is_exporting():
+        return "reference"  # our own operator would not run elsewhere
     return impl
 
 
@@ -88,7 +88,7 @@ def _check(x_BCHW: Tensor, offset_NG: Tensor, weight_NTG: Tensor, fold: int) -> 
         )
     if x_BCHW.shape[0] != videos * frames:
         raise ValueError(f"x has {x_BCHW.shape[0]} frames, need {videos} videos x {frames} frames")
-    if not 0 < fold <= x_BCHW.shape[1] or fold % groups:
+    if groups < 1 or not 0 < fold <= x_BCHW.shape[1] or fold % groups:
         raise ValueError(
             f"fold={fold}: need a multiple of {groups} groups in 1..{x_BCHW.shape[1]} channels"
         )

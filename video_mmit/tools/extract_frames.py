@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import cv2
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -84,6 +83,8 @@ def extract_video(
         InputError: the video cannot be read to its end.
         OSError: a frame cannot be written.
     """
+    import cv2
+
     shutil.rmtree(job.partial, ignore_errors=True)  # of a run that was stopped
     job.partial.mkdir(parents=True)
     number = 0

@@ -5,7 +5,6 @@ Shapes: n frames, H rows, W columns.
 
 from collections.abc import Iterator, Sequence
 
-import cv2
 import numpy as np
 
 from common.log import InputError
@@ -56,6 +55,8 @@ def fitted_size(shape: Sequence[int], short_side: int, even: bool = False) -> tu
 
 def resize(frame_HW3: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The frame in (rows, columns) of `size`; averages over areas, so nothing aliases."""
+    import cv2
+
     if frame_HW3.shape[:2] == size:
         return frame_HW3
     return np.asarray(cv2.resize(frame_HW3, size[::-1], interpolation=cv2.INTER_AREA))
