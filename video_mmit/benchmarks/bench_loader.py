@@ -80,7 +80,7 @@ def read_rows(repeats: int, quick: bool = False, seed: int = 0) -> Iterator[Row]
         quick: fewer videos.
         seed: of the videos.
     """
-    count = 3 if quick else 12
+    count = 3 if quick else 6
     with TemporaryDirectory() as folder:
         for name, coding in CODINGS.items():
             reason = missing(coding)
@@ -197,7 +197,7 @@ def loader_rows(
     """
     coding = CODINGS["mp4v" if missing(CODINGS["long"]) else "long"]
     with TemporaryDirectory() as folder:
-        videos = write_videos(Path(folder), coding, 3 if quick else 12, seed)
+        videos = write_videos(Path(folder), coding, 3 if quick else 6, seed)
         yield from training_rows(videos, coding.label, repeats, device, quick, seed)
 
 
@@ -205,7 +205,7 @@ def training_rows(
     videos: list[Video], label: str, repeats: int, device: torch.device, quick: bool, seed: int
 ) -> Iterator[Row]:
     """The rows of `loader_rows` on these videos."""
-    batch, batches = (4, 2) if quick else (8, 4)
+    batch, batches = (4, 2) if quick else (8, 2)
     threads = torch.get_num_threads()
     workers = min(threads, 16) if threads > 1 else 0
     ours, peer = (

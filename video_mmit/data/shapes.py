@@ -5,7 +5,6 @@ Shapes: F frames, H rows, W columns (H = W), 3 = blue, green, red in 0..255, flo
 
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
 SHAPES = ("disc", "square", "triangle", "cross")
@@ -57,6 +56,9 @@ def paint(image_FHW3: np.ndarray, cover_FHW: np.ndarray, colour: tuple[int, int,
 
 def texture(rng: np.random.Generator, size: int, spread: float) -> np.ndarray:
     """Smooth random pattern (H, W) of mean 0 and the given standard deviation in grey levels."""
+
+    import cv2
+
     noise_HW = rng.standard_normal((size, size), dtype=np.float32)
     smooth_HW = cv2.GaussianBlur(noise_HW, (0, 0), size / 16)
     return (smooth_HW - smooth_HW.mean()) * (spread / smooth_HW.std())

@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import hydra
 import numpy as np
 from hydra.core.config_store import ConfigStore
@@ -184,6 +183,9 @@ def write_mp4(path: Path, frames_FHW3: np.ndarray, rate: float = RATE) -> None:
     Raises:
         InputError: the file could not be written.
     """
+
+    import cv2
+
     height, width = frames_FHW3.shape[1:3]
     code = cv2.VideoWriter.fourcc(*"mp4v")
     writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, code, rate, (width, height))

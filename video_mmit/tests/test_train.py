@@ -110,10 +110,10 @@ def _frozen_start(tiny: list[str], tmp_path: Path) -> Path:
 
 def test_bf16_trains(run: Path, tiny: list[str], tmp_path: Path) -> None:
     train(*tiny, f"run_dir={tmp_path}", "steps=4", "precision=bfloat16", "channels_last=true")
-    loss = column(tmp_path, "loss")
+    loss, exact = column(tmp_path, "loss"), column(run, "loss")[:4]
     assert np.isfinite(loss).all()
-    assert loss.tolist() == pytest.approx([row["loss"] for row in rows(run)[:4]], rel=0.1)
-    assert loss.tolist() != [row["loss"] for row in rows(run)[:4]]
+    assert loss[0] == pytest.approx(exact[0], rel=0.02)  # later steps start from other weights
+    assert (loss != exact).all()
 
 
 def test_the_seed_decides_the_run(run: Path, tiny: list[str], tmp_path: Path) -> None:
