@@ -56,7 +56,6 @@ def paint(image_FHW3: np.ndarray, cover_FHW: np.ndarray, colour: tuple[int, int,
 
 def texture(rng: np.random.Generator, size: int, spread: float) -> np.ndarray:
     """Smooth random pattern (H, W) of mean 0 and the given standard deviation in grey levels."""
-
     import cv2
 
     noise_HW = rng.standard_normal((size, size), dtype=np.float32)

@@ -183,7 +183,6 @@ def write_mp4(path: Path, frames_FHW3: np.ndarray, rate: float = RATE) -> None:
     Raises:
         InputError: the file could not be written.
     """
-
     import cv2
 
     height, width = frames_FHW3.shape[1:3]
