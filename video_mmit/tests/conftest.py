@@ -17,11 +17,14 @@ def synth(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(synth: Path) -> list[str]:
-    """Overrides of a small training on `synth`; `run_dir` and `steps` are missing."""
+    """Overrides of a small training on `synth`; `run_dir` and `steps` are missing.
+
+    At a constant rate, so that runs of different length begin alike.
+    """
     sizes = [f"data.{name}={count}" for name, count in VIDEOS.items()]
     return [
         "experiment=debug/tiny", f"data.root={synth}", *sizes,
-        "log_every=1", "save_every=10", "keep=9",
+        "log_every=1", "save_every=10", "keep=9", "schedule=constant", "optim.lr=0.02",
     ]  # fmt: skip
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from video_mmit.tests.launch import evaluate, finish, rows, start, train
 from video_mmit.score_file import ScoreFile
+from video_mmit.tests.launch import evaluate, finish, rows, start, train
 from video_mmit.weights import load_trained
 
 pytestmark = pytest.mark.slow
@@ -17,17 +17,23 @@ STEPS = 10
 
 
 @pytest.fixture(scope="module")
-def one(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def calm(tiny: list[str]) -> list[str]:
+    """At a small rate: training amplifies the rounding in which the two runs differ."""
+    return [*tiny, "optim.lr=0.002"]
+
+
+@pytest.fixture(scope="module")
+def one(calm: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one") / "run"
-    train(*tiny, f"run_dir={folder}", f"steps={STEPS + 3}")
+    train(*calm, f"run_dir={folder}", f"steps={STEPS + 3}")
     return folder
 
 
 @pytest.fixture(scope="module")
-def two(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two(calm: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same on two ranks with the same global batch, ten steps of it."""
     folder = tmp_path_factory.mktemp("two") / "run"
-    words = (*tiny, "device=cpu", f"run_dir={folder}", f"steps={STEPS}")
+    words = (*calm, "device=cpu", f"run_dir={folder}", f"steps={STEPS}")
     done = finish(start("video_mmit.train", *words, ranks=2))
     assert done.code == 0, done.err
     return folder
@@ -48,10 +54,10 @@ def test_two_ranks_train_like_one(one: Path, two: Path) -> None:
 
 
 def test_a_run_of_two_ranks_goes_on_with_one(
-    one: Path, two: Path, tiny: list[str], tmp_path: Path
+    one: Path, two: Path, calm: list[str], tmp_path: Path
 ) -> None:
     again = shutil.copytree(two, tmp_path / "again")
-    train(*tiny, f"run_dir={again}", f"steps={STEPS + 3}")
+    train(*calm, f"run_dir={again}", f"steps={STEPS + 3}")
     expected = [row["loss"] for row in rows(one)]
     assert len(expected) == STEPS + 3
     assert [row["loss"] for row in rows(again)] == pytest.approx(expected, rel=1e-4)
