@@ -129,6 +129,7 @@ def claims(cfg: ClaimsConfig) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - start, 1),
     }
     evidence["passed"] = all(entry["passed"] for entry in evidence["gates"])
+    Path(cfg.results).mkdir(parents=True, exist_ok=True)
     write_json(Path(cfg.results) / f"claims-{slug(evidence['hardware'])}.json", evidence)
     write_json(out / "claims.json", evidence)
     if cfg.readme is not None:
