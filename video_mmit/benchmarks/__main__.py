@@ -4,8 +4,8 @@ Writes `<hardware>.json` and `.md` into `out`; the thread count is part of the h
 Measures and readers work on one thread: these groups run with the first of `threads` only.
 A GPU is used when there is one. With more threads than free cores the rows of networks say little.
 
-`quick=true` is for continuous integration: smaller inputs and fewer repeats. `full=true` adds types,
-layouts and lengths to the operators' rows; on CUDA it is the default.
+`quick=true` is for continuous integration: smaller inputs and fewer repeats. `full=true` adds
+types, layouts and lengths to the operators' rows; on CUDA it is the default.
 
 `compare=true` compares with the stored results of the same hardware name (see `compare.py`) and
 exits with 1 when a row is worse; its own results go to runs/mmit/bench unless `out` says
