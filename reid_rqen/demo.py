@@ -54,7 +54,7 @@ class DemoConfig:
     rule: Rule = field(default_factory=Rule)
 
 
-ConfigStore.instance().store("demo_schema", DemoConfig)
+ConfigStore.instance().store("rqen_demo_schema", DemoConfig)
 
 
 def demo(cfg: DemoConfig) -> dict[str, Any]:

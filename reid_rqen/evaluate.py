@@ -65,7 +65,7 @@ class EvalConfig:
     save_features: bool = False
 
 
-ConfigStore.instance().store("eval_schema", EvalConfig)
+ConfigStore.instance().store("rqen_eval_schema", EvalConfig)
 
 
 class Embedded(NamedTuple):

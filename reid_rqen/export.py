@@ -50,7 +50,7 @@ class ExportConfig:
     seed: int = 0  # of the random input
 
 
-ConfigStore.instance().store("export_schema", ExportConfig)
+ConfigStore.instance().store("rqen_export_schema", ExportConfig)
 
 
 class Exported(nn.Module):

@@ -57,7 +57,7 @@ class PredictConfig:
     strips: int = 16  # sets drawn at most
 
 
-ConfigStore.instance().store("predict_schema", PredictConfig)
+ConfigStore.instance().store("rqen_predict_schema", PredictConfig)
 
 
 class Prediction(NamedTuple):

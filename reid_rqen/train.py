@@ -70,7 +70,7 @@ class TrainConfig:
     schedule: Any = MISSING
 
 
-ConfigStore.instance().store("train_schema", TrainConfig)
+ConfigStore.instance().store("rqen_train_schema", TrainConfig)
 
 
 def train(cfg: TrainConfig) -> dict[str, float]:

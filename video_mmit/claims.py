@@ -99,7 +99,7 @@ class ClaimsConfig:
     gates: Gates = field(default_factory=Gates)
 
 
-ConfigStore.instance().store("claims_schema", ClaimsConfig)
+ConfigStore.instance().store("mmit_claims_schema", ClaimsConfig)
 
 Found = dict[Entry, list[Measured]]
 

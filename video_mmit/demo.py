@@ -59,7 +59,7 @@ class DemoConfig:
     rule: Rule = field(default_factory=Rule)
 
 
-ConfigStore.instance().store("demo_schema", DemoConfig)
+ConfigStore.instance().store("mmit_demo_schema", DemoConfig)
 
 Found = dict[str, list[Measured]]  # row -> one entry a seed
 

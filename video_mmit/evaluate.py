@@ -83,7 +83,7 @@ class EvalConfig:
     device: str = "auto"
 
 
-ConfigStore.instance().store("eval_schema", EvalConfig)
+ConfigStore.instance().store("mmit_eval_schema", EvalConfig)
 
 
 class Truth(NamedTuple):

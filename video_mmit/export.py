@@ -49,7 +49,7 @@ class ExportConfig:
     seed: int = 0  # of the random input
 
 
-ConfigStore.instance().store("export_schema", ExportConfig)
+ConfigStore.instance().store("mmit_export_schema", ExportConfig)
 
 
 class Parity(NamedTuple):

@@ -66,7 +66,7 @@ class PredictConfig:
     pictures: int | None = None  # drawn at most; all when null
 
 
-ConfigStore.instance().store("predict_schema", PredictConfig)
+ConfigStore.instance().store("mmit_predict_schema", PredictConfig)
 
 
 class Prediction(NamedTuple):

@@ -73,7 +73,7 @@ class TrainConfig:
     schedule: Any = MISSING
 
 
-ConfigStore.instance().store("train_schema", TrainConfig)
+ConfigStore.instance().store("mmit_train_schema", TrainConfig)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -52,9 +52,26 @@ def violations(root: Path) -> list[str]:
     return found
 
 
+def schemas(root: Path) -> Iterator[tuple[str, str]]:
+    """Package and name of every schema put into Hydra's ConfigStore, which a process has once."""
+    for owner in sorted(PACKAGES):
+        for path in sorted((root / owner).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+                    "ConfigStore.instance().store"
+                ):
+                    yield owner, str(ast.literal_eval(node.args[0]))
+
+
 def test_the_repository_keeps_to_it() -> None:
     assert (ROOT / "common" / "dist.py").exists()
     assert violations(ROOT) == []
+
+
+def test_no_schema_takes_the_place_of_another() -> None:
+    names = [name for _, name in schemas(ROOT)]
+    assert len(names) >= 20
+    assert sorted(names) == sorted(set(names))
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class BenchConfig:
     tolerance: float = 0.1  # fraction by which a row may be slower than stored
 
 
-ConfigStore.instance().store("bench_schema", BenchConfig)
+ConfigStore.instance().store("rqen_bench_schema", BenchConfig)
 
 
 def run(cfg: BenchConfig) -> int:

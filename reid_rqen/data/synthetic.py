@@ -199,7 +199,7 @@ class SyntheticConfig(Settings):
     seed: int = 0
 
 
-ConfigStore.instance().store("synthetic_schema", SyntheticConfig)
+ConfigStore.instance().store("rqen_synthetic_schema", SyntheticConfig)
 
 
 @hydra.main(version_base=None, config_path="../configs", config_name="synthetic")

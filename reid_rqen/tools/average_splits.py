@@ -104,7 +104,7 @@ class AverageSplitsConfig:
     out: str = "runs/rqen/average"
 
 
-ConfigStore.instance().store("average_splits_schema", AverageSplitsConfig)
+ConfigStore.instance().store("rqen_average_splits_schema", AverageSplitsConfig)
 
 
 def show(result: dict[str, Any]) -> None:

@@ -62,7 +62,7 @@ class ConvertConfig:
     kind: str = "imagenet"
 
 
-ConfigStore.instance().store("convert_caffe_schema", ConvertConfig)
+ConfigStore.instance().store("rqen_convert_caffe_schema", ConvertConfig)
 
 
 def conv_bn(layer: str, conv: str, norm: str) -> dict[str, Blob]:

@@ -50,7 +50,7 @@ class PrepareMarsConfig:
     root: Path = MISSING
 
 
-ConfigStore.instance().store("prepare_mars_schema", PrepareMarsConfig)
+ConfigStore.instance().store("rqen_prepare_mars_schema", PrepareMarsConfig)
 
 
 @hydra.main(version_base=None, config_path="../configs", config_name="prepare_mars")

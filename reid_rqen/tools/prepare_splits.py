@@ -40,7 +40,7 @@ class PrepareSplitsConfig:
     seed: int = 0
 
 
-ConfigStore.instance().store("prepare_splits_schema", PrepareSplitsConfig)
+ConfigStore.instance().store("rqen_prepare_splits_schema", PrepareSplitsConfig)
 
 
 @hydra.main(version_base=None, config_path="../configs", config_name="prepare_splits")

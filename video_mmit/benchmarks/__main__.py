@@ -66,7 +66,7 @@ class OperatorSizes:
     seed: int
 
 
-ConfigStore.instance().store("bench_schema", BenchConfig)
+ConfigStore.instance().store("mmit_bench_schema", BenchConfig)
 
 
 def run(cfg: BenchConfig) -> int:

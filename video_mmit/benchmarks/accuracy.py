@@ -86,7 +86,7 @@ class AccuracyConfig:
     overrides: list[str] = field(default_factory=list)  # added to every training
 
 
-ConfigStore.instance().store("accuracy_schema", AccuracyConfig)
+ConfigStore.instance().store("mmit_accuracy_schema", AccuracyConfig)
 
 
 @dataclass

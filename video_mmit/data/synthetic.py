@@ -245,7 +245,7 @@ class SyntheticConfig(Settings):
     seed: int = 0
 
 
-ConfigStore.instance().store("synthetic_schema", SyntheticConfig)
+ConfigStore.instance().store("mmit_synthetic_schema", SyntheticConfig)
 
 
 @hydra.main(version_base=None, config_path="../configs", config_name="synthetic")

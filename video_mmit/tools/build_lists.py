@@ -57,7 +57,7 @@ class _Named(NamedTuple):
     video: Video
 
 
-ConfigStore.instance().store("build_lists_schema", BuildListsConfig)
+ConfigStore.instance().store("mmit_build_lists_schema", BuildListsConfig)
 
 
 def build(

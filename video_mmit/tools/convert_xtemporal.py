@@ -58,7 +58,7 @@ class ConvertConfig(TrainConfig):
     multi_label: bool | None = None  # null: unless the experiment's loss is cross entropy
 
 
-ConfigStore.instance().store("convert_xtemporal_schema", ConvertConfig)
+ConfigStore.instance().store("mmit_convert_xtemporal_schema", ConvertConfig)
 
 CLASSIFIERS = ("head.weight", "trn.relations.0.3.weight")
 OFFSETS = ".offset_net.fc1.weight"  # (T, T)

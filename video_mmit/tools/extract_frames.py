@@ -42,7 +42,7 @@ class ExtractFramesConfig:
     allow_failed: bool = False
 
 
-ConfigStore.instance().store("extract_frames_schema", ExtractFramesConfig)
+ConfigStore.instance().store("mmit_extract_frames_schema", ExtractFramesConfig)
 
 
 def extract(cfg: ExtractFramesConfig) -> Tally:

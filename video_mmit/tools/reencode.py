@@ -55,7 +55,7 @@ class ReencodeConfig:
     allow_failed: bool = False
 
 
-ConfigStore.instance().store("reencode_schema", ReencodeConfig)
+ConfigStore.instance().store("mmit_reencode_schema", ReencodeConfig)
 PRESETS = "ultrafast superfast veryfast faster fast medium slow slower veryslow".split()
 OPTIONS = ("short_side", "keyframe", "crf", "preset")
 
