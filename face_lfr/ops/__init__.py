@@ -1,0 +1,1 @@
+"""Operators: a plain reference, a fast path, a dispatch by device."""
