@@ -3,9 +3,6 @@
 Letters: T frames, R regions, H W size of a frame. Lengths of the page are in pixels.
 """
 
-# Field names carry their shape like every tensor name here.
-# ruff: noqa: N815
-
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path

@@ -9,9 +9,6 @@ frames are crops. Writes `predict.json` and `scores.png` into `out`.
 Letters: T frames of a set, B frames of a batch, R regions, C channels, H W size, D embedding.
 """
 
-# Field names carry their shape like every tensor name here.
-# ruff: noqa: N815
-
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence

@@ -3,9 +3,6 @@
 Letters: N videos, G learned offsets of a block, H W size of a frame. Lengths on a page are pixels.
 """
 
-# Field names carry their shape like every tensor name here.
-# ruff: noqa: N815
-
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path

@@ -11,9 +11,6 @@ Letters: V views (crops x clips), T frame positions, C channels, H W size, K cla
 groups, J clips of a video.
 """
 
-# Field names carry their shape like every tensor name here.
-# ruff: noqa: N815
-
 import json
 import sys
 import time

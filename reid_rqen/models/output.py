@@ -4,9 +4,6 @@ Letters: B frames, S sets, T frames of a set, C channels, H W map size, R region
 K training identities, N draws of three sets (anchor, positive, negative).
 """
 
-# Field names carry their shape like every tensor name here.
-# ruff: noqa: N815
-
 from typing import NamedTuple
 
 from torch import Tensor, nn
