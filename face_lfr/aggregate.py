@@ -32,8 +32,8 @@ from torch.nn import functional as F
 METHODS = ("mean_l2", "mean_raw", "best", "norm", "qan", "clamped", "qanpp", "qanpp_l2")
 NEEDS_QUALITY = frozenset({"best", "qan", "clamped", "qanpp", "qanpp_l2"})
 UNIT_FRAMES = frozenset({"mean_l2", "best", "norm", "qanpp_l2"})
-EPS = 1e-12  # a sum of weights below it says nothing about the frames
-ROWS_AT_ONCE = 65536  # bounds the copy of weighted frames
+EPS = 1e-12  # a sum of weights below it says nothing about the frames; least frame length
+ROWS_AT_ONCE = 65536  # bounds the copy of frames of another type
 
 
 class Aggregated(NamedTuple):
@@ -55,8 +55,8 @@ def aggregate(
 ) -> Aggregated:
     """Weighted sum of the frames of each video.
 
-    Frames may come in any order. Differentiable in features and qualities. Features that are
-    mapped from a file are read block by block.
+    Frames may come in any order. Differentiable, once, in features and qualities. Features of type
+    `dtype` that are mapped from a file are never held in memory as a whole.
 
     Args:
         feature_ND: frame features, any floating type.
@@ -80,12 +80,22 @@ def aggregate(
         elif quality_N is not None:
             quality_N = quality_N.to(feature_ND.device, dtype)
         weight_N = _weights(quality_N, video_N, count_V.to(dtype), method)
-        vector_VD = feature_ND.new_zeros(len(count_V), feature_ND.shape[1], dtype=dtype)
-        parts = (x.split(ROWS_AT_ONCE) for x in (feature_ND, video_N, weight_N))
-        for feature, video, weight in zip(*parts, strict=True):
-            feature = F.normalize(feature.to(dtype), dim=1) if unit else feature.to(dtype)
-            vector_VD.index_add_(0, video, weight[:, None] * feature)
+        factor_N = weight_N
+        if unit:
+            factor_N = weight_N / frame_lengths(feature_ND, dtype).clamp_min(EPS)
+        vector_VD = _weighted_sum(feature_ND.to(dtype), factor_N, video_N, count_V)
     return Aggregated(vector_VD, weight_N)
+
+
+def _weighted_sum(feature_ND: Tensor, factor_N: Tensor, video_N: Tensor, count_V: Tensor) -> Tensor:
+    """Sum of factor times feature over the frames of each video, (V, D)."""
+    # One pass over the features without a copy of them; multiplying and adding the rows by
+    # `index_add_` takes several times as long.
+    order_N = video_N.argsort(stable=True)
+    first_V = count_V.cumsum(0) - count_V
+    return F.embedding_bag(
+        order_N, feature_ND, first_V, mode="sum", per_sample_weights=factor_N[order_N]
+    )
 
 
 def frame_lengths(feature_ND: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,9 +1,12 @@
 """Models by the name of their configuration, for use from Python."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
@@ -18,6 +21,21 @@ def build_row(row: str, overrides: Mapping[str, Any]) -> nn.Module:
     names = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
     if row not in names:
         raise InputError("row", f"is not there, only {', '.join(names)}", row)
-    node = OmegaConf.merge(OmegaConf.load(CONFIGS / "model" / f"{row}.yaml"), dict(overrides))
-    model: nn.Module = instantiate(node)
+    with _own_hydra():
+        node = compose(f"model/{row}").model
+    OmegaConf.set_struct(node, False)
+    model: nn.Module = instantiate(OmegaConf.merge(node, dict(overrides)))
     return model
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Compose although a Hydra application may be running, and leave that one as it was."""
+    running = GlobalHydra.instance()
+    outer = running.hydra
+    running.clear()
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base=None):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = outer

@@ -38,7 +38,7 @@ from common.log import (
 from common.samplers import ResumableSampler
 from common.seed import seed_everything, worker_init
 from face_lfr.data.face_data import FaceData
-from face_lfr.engine import autocast, check_fits, train_step
+from face_lfr.engine import Embedding, autocast, check_fits, train_step
 from face_lfr.flops import require
 from face_lfr.models.norm import use_sync_bn
 from face_lfr.teacher import anchor_classes, prepare_proxy
@@ -115,7 +115,8 @@ def train(cfg: TrainConfig) -> dict[str, float]:
     )  # fmt: skip
     start = checkpoint.resume()
     if start == 0 and cfg.anchor:
-        anchor_classes(model, objective, data, transform, world, cfg.precision, cfg.workers)
+        how = Embedding(transform, world, workers=cfg.workers, precision=cfg.precision)
+        anchor_classes(model, objective, data, how)
     loader = iter(_loader(cfg, draws, sampler, world))
     wrapped = _distributed(model, world)
     compute = _Step(cfg, wrapped, transform, objective, world, scaler)
@@ -197,12 +198,14 @@ def _model(cfg: TrainConfig, world: dist.World) -> nn.Module:
             raise InputError("model", "an argument is not accepted", error.__cause__) from error
         raise
     if cfg.max_gflops is not None:
-        require(model, cfg.max_gflops)
+        require(model, cfg.max_gflops, model.input_size)  # type: ignore[arg-type]
     if cfg.init is not None:
         load_initial(model, Path(cfg.init))
     if cfg.batch_norm == "sync":
         model = use_sync_bn(model, world.device)
-    model.to(world.device, memory_format=torch.channels_last if cfg.channels_last else None)
+    model.to(world.device)
+    if cfg.channels_last:
+        model.to(memory_format=torch.channels_last)
     if cfg.compile:
         model.compile()
     return model
@@ -216,6 +219,7 @@ def _objective(cfg: TrainConfig, model: Any, num_classes: int, world: dist.World
     named = {"features": model.features, "num_classes": num_classes, "world": world}
     objective: nn.Module = _call(cfg, "objective", **named)
     if cfg.precision == "float16" and getattr(objective, "sample_rate", 1.0) < 1:
+        # A GradScaler sees gradients of parameters; those of sampled rows are kept apart.
         what = "cannot be scaled with sampled classes; use bfloat16, or sample_rate=1, not"
         raise InputError("precision", what, cfg.precision)
     return objective.to(world.device)

@@ -17,7 +17,7 @@ from typing import Self
 import numpy as np
 
 SIDE = 112
-CENTRE = (56.0, 58.0)  # column and row of the origin
+CENTRE = (55.5, 58.0)  # column and row of the origin; the column is that of the mirror axis
 BITS = 4  # fractional bits of a coordinate given to the rasteriser
 ANGLE_P = np.arange(32) * (2 * np.pi / 32)
 COS_P, SIN_P = np.cos(ANGLE_P), np.sin(ANGLE_P)
@@ -340,4 +340,3 @@ def _front_hair(face: Identity) -> list[Shape]:
 def contact_sheet(rows: list[list[np.ndarray]]) -> np.ndarray:
     """One image of a grid of images of equal size, a row for each list."""
     return np.concatenate([np.concatenate(row, axis=1) for row in rows], axis=0)
-
