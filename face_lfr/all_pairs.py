@@ -60,7 +60,7 @@ BUFFER = 2**22
 # Side of a tile: its product stays in the cache of a processor; a GPU is kept busy between two
 # looks of the host.
 TILE = {"cpu": 1024, "cuda": 16384}
-POSITIVE_TILE = 512  # near the diagonal a large tile is mostly negatives
+POSITIVE_TILE = 256  # near the diagonal a large tile is mostly negatives
 
 
 @dataclass(frozen=True)

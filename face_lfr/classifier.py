@@ -1,7 +1,7 @@
 """The classifier of a training: class centres over the ranks, and the loss of the global batch.
 
 Letters: B images of this rank, A images of all ranks, C classes, S classes of this rank (or those
-of them that take part in a step), K sub-centres, D embedding width.
+of them that take part in a step), K sub-centres, D embedding width, M images of this rank's classes.
 """
 
 from __future__ import annotations

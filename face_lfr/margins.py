@@ -54,12 +54,10 @@ class Form(NamedTuple):
 class Margin:
     """No margin at all; what the others change.
 
-    `normalised` tells the classifier whether c is a cosine of unit rows or x W + b. A margin with
-    `dynamic_scale` replaces the scale by `rescaled(...)`.
+    `normalised` tells the classifier whether c is a cosine of unit rows or x W + b.
     """
 
     normalised: ClassVar[bool] = True
-    dynamic_scale: ClassVar[bool] = False
 
     def target(self, cosine_B: Tensor) -> Target:
         """The u of the target cosines of the batch, (B,) each; no graph."""
@@ -334,7 +332,6 @@ class AdaCos(nn.Module, Margin):
     4uiiurz1/pytorch-adacos. The scale given to the loss is not used.
     """
 
-    dynamic_scale: ClassVar[bool] = True
     scale: Tensor
 
     def __init__(self) -> None:

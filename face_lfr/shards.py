@@ -1,7 +1,7 @@
 """Rows of a matrix spread over ranks: who owns which, their first values, what the ranks exchange.
 
-Letters: B rows of one rank, A rows of all ranks, C classes, S classes of one rank, D width,
-J columns of a block.
+Letters: B rows of one rank, A rows of all ranks, C classes, S classes of one rank, D width, T own
+rows of a tile, J rows of a peer's block, M rows whose nearest row is in that block.
 """
 
 import itertools

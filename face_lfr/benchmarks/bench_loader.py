@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from common.seed import worker_init
 from face_lfr.benchmarks import peer_recordio
 from face_lfr.benchmarks.results import Row, measure, row
-from face_lfr.data.draws import FaceDraws, FaceItem
+from face_lfr.data.draws import FaceDraws
 from face_lfr.data.face_data import FaceData
 from face_lfr.data.folder import load_folder
 from face_lfr.data.rec import load_rec, scan_labels, write_rec
@@ -213,7 +213,7 @@ class Feed:
     def __init__(self, dataset: FaceDraws, batches: int, workers: int) -> None:
         self.dataset, self.batches, self.workers = dataset, batches, workers
 
-    def __iter__(self) -> Iterator[FaceItem]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(
             DataLoader(
                 self.dataset,
@@ -258,7 +258,7 @@ def loader_rows(repeats: int, quick: bool = False, seed: int = 0) -> Iterator[Ro
         ours = feeds.pop("records")
         for peer, other in feeds.items():
             for a, b in zip(ours, other, strict=True):
-                if not torch.equal(a.image, b.image) or not torch.equal(a.label, b.label):
+                if not all(torch.equal(x, y) for x, y in zip(a, b, strict=True)):
                     raise RuntimeError(f"loaders of records and of {peer} differ")
             count = batches * BATCH
             yield _timed("load records", shape, peer, ours.load, other.load, repeats, count)

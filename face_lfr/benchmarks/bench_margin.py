@@ -99,12 +99,12 @@ def ours(margin: Margin) -> Loss:
 
 
 def problem(count: int, classes: int, device: torch.device, seed: int, width: int = WIDTH) -> Case:
-    """Features a little nearer to their own centre than to others, as in training."""
+    """Features at about 73 degrees from their centres, where probabilities are neither 0 nor 1."""
     generator = torch.Generator().manual_seed(seed)
     weight_CD = F.normalize(torch.randn(classes, width, generator=generator))
     label_B = torch.randint(classes, (count,), generator=generator)
     noise_BD = F.normalize(torch.randn(count, width, generator=generator))
-    feature_BD = F.normalize(weight_CD[label_B] + noise_BD)
+    feature_BD = F.normalize(0.3 * weight_CD[label_B] + noise_BD)
     leaves = [tensor.to(device).requires_grad_() for tensor in (feature_BD, weight_CD)]
     return Case(leaves[0], leaves[1], label_B.to(device))
 

@@ -24,7 +24,7 @@ class IndexedReader:
             for line in iter(lines.readline, ""):
                 words = line.strip().split("\t")
                 self.idx[int(words[0])] = int(words[1])
-        self.stream = open(rec, "rb")  # noqa: SIM115 - open as long as the reader
+        self.stream = open(rec, "rb")
 
     def close(self) -> None:
         """Close the records."""
@@ -65,4 +65,5 @@ def decode(image: bytes) -> np.ndarray:
     import cv2
 
     blue_first = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
+    assert blue_first is not None
     return np.asarray(cv2.cvtColor(blue_first, cv2.COLOR_BGR2RGB))

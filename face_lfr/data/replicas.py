@@ -59,7 +59,8 @@ def encode(image_HW3: np.ndarray, suffix: str = ".jpg") -> bytes:
     """The RGB image as a picture file."""
     import cv2
 
-    done, code = cv2.imencode(suffix, image_HW3[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
+    options = [cv2.IMWRITE_JPEG_QUALITY, 95] if suffix == ".jpg" else []
+    done, code = cv2.imencode(suffix, image_HW3[..., ::-1], options)
     if not done:
         raise RuntimeError(f"OpenCV cannot encode {suffix}")
     return code.tobytes()

@@ -131,7 +131,8 @@ def _nearest(block_bC: Tensor, task: Task) -> tuple[Tensor, Tensor | None]:
     """The greatest of the K cosines of each class, and which; the block itself for K = 1."""
     if task.centers == 1:
         return block_bC, None
-    best = block_bC.unflatten(1, (-1, task.centers)).max(dim=2)
+    shape = (block_bC.shape[1] // task.centers, task.centers)
+    best = block_bC.unflatten(1, shape).max(dim=2)
     return best.values, best.indices
 
 

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import dist
 from common.checkpoint import Checkpointer
 from common.seed import seed_everything
+from face_lfr import shards
 from face_lfr.classifier import Classifier, class_means
 from face_lfr.margins import AdaCos, ArcFace, ArcNegFace, CurricularFace, Softmax
 from face_lfr.optim import ShardScaler, sgd
@@ -226,6 +227,7 @@ def rank_main(rank: int, ranks: int, port: int, folder: Path) -> None:
     group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in group.items()} | {"MASTER_ADDR": "127.0.0.1"}
     world = dist.init("cpu", timeout_s=60)
+    shards.TILE = (7, 11)  # so that RegularFace sees several tiles of every peer
     found = everything(folder, world)
     if world.main:
         ready = {name: value.contiguous().clone() for name, value in found.items()}

@@ -48,6 +48,12 @@ def test_insightface_has_the_identity_gradient() -> None:
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
+def test_probabilities_of_the_problem_are_neither_0_nor_1() -> None:
+    case = problem(32, 10_000, CPU, 0)
+    loss = bench_margin.ours(NormSoftmax())(*case).item()
+    assert 0.1 < loss < 10
+
+
 def test_every_shape_has_a_row_against_every_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_margin, "SHAPES", ((16, 100), (8, 50)))
     monkeypatch.setattr(bench_margin, "QUICK_SHAPES", ((16, 100),))
@@ -75,7 +81,7 @@ def test_a_peer_that_differs_stops_the_run() -> None:
 
     case = problem(8, 20, CPU, 0)
     pair = Pair("none", bench_margin.ours(NormSoftmax()), "wrong", wrong)
-    with pytest.raises(RuntimeError, match="none differs from wrong by 0.0"):
+    with pytest.raises(RuntimeError, match=r"none differs from wrong by 0\.0"):
         compare(pair, case, 1)
 
 

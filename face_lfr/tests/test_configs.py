@@ -1,7 +1,7 @@
 """Every configuration composes, names what exists, and trains for a step."""
 
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from hydra.errors import ConfigCompositionException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from face_lfr.data.clips import ClipItem
+from face_lfr.data.draws import FaceItem
+from face_lfr.data.proxy import QualityItem, SetItem
 from face_lfr.engine import train_step
 from face_lfr.tests.launch import CONFIGS, config
 
@@ -36,6 +37,13 @@ def composed(words: tuple[str, ...]) -> DictConfig:
     return config("train", *words, return_hydra_config=True)
 
 
+def resolved(words: tuple[str, ...]) -> DictConfig:
+    """The nodes of a row, each as it is built."""
+    cfg = OmegaConf.create(OmegaConf.to_container(composed(words), resolve=False))
+    plain = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(GROUPS)), resolve=True)
+    return OmegaConf.create(plain)
+
+
 def chosen(words: tuple[str, ...]) -> set[str]:
     """Config files a command line uses, without suffix."""
     choices = composed(words).hydra.runtime.choices.items()
@@ -57,8 +65,9 @@ def files(*groups: str) -> set[str]:
 @pytest.mark.parametrize("words", LINES, ids=" ".join)
 def test_a_command_line_composes(words: tuple[str, ...]) -> None:
     cfg = composed(words)
-    plain = [OmegaConf.to_container(cfg[name], resolve=True) for name in GROUPS]
-    assert len(targets(plain)) >= len(GROUPS)
+    plain = resolved(words)
+    nodes = [plain[name] for name in GROUPS if name != "margin" or cfg.teacher is None]
+    assert len(targets(OmegaConf.to_container(OmegaConf.create(nodes)))) >= len(nodes)
     assert (cfg.steps is None) != (cfg.epochs is None)
     assert cfg.run_dir.startswith("runs/lfr/")
 
@@ -80,7 +89,7 @@ def test_the_header_says_how_to_run_it(name: str) -> None:
     header = [line for line in lines[:6] if line.startswith("#")]
     assert header[0] == "# @package _global_"
     (command,) = [line for line in header if "make train-lfr" in line]
-    assert re.search(rf'ARGS="experiment={re.escape(name)}( data.root=DIR)?"', command)
+    assert re.search(rf'ARGS="experiment={re.escape(name)}( data.root=DIR)?( teacher=RUN)?"', command)
     assert len(header) >= 3  # what the row is comes first
 
 
@@ -91,21 +100,15 @@ def test_no_configuration_is_left_alone() -> None:
     assert not plain & EXTRA.keys()  # otherwise it needs no entry
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted((CONFIGS / "data").glob("*.yaml"))])
-def test_every_training_set_is_a_test_set(name: str) -> None:
-    data = config("train", f"data={name}").data
-    assert config("eval", f"data={name}").data == data
-
-
 @pytest.mark.parametrize(
     ("file", "words", "key"),
     [
         ("train", ["stepz=3"], "stepz"),
-        ("train", ["experiment=lfr/tin_r50_8f", "log_evry=3"], "log_evry"),
+        ("train", ["experiment=deepglint/r100_arcface", "log_evry=3"], "log_evry"),
         ("train", ["data.rooot=a"], "rooot"),
-        ("train", ["model.tin.offset_scal=1"], "offset_scal"),
-        ("train", ["experiment=lfr/nothing"], "experiment/lfr/nothing"),
-        ("eval", ["eval.fuze=prob"], "fuze"),
+        ("train", ["margin.alfa=1"], "alfa"),
+        ("train", ["experiment=ms1mv3/nothing"], "experiment/ms1mv3/nothing"),
+        ("eval", ["fprs=[1e-8]"], "fprs"),
     ],
 )
 def test_a_misspelt_key_is_named(file: str, words: list[str], key: str) -> None:
@@ -114,34 +117,47 @@ def test_a_misspelt_key_is_named(file: str, words: list[str], key: str) -> None:
     assert key in f"{caught.value} {caught.value.__cause__}"
 
 
-# Every row takes a step at reduced size: fewer frames, small pictures, no downloaded weights.
-SIDE, CLASSES = 32, 4
+# Every row takes a step at reduced size: narrow networks on small pictures, few classes.
+CLASSES, IMAGES = 7, 4
+NARROW: dict[str, dict[str, Any]] = {
+    "IResNet": {"layers": [1, 1, 1, 1], "widths": [4, 8, 8, 8], "features": 8, "input_size": 32},
+    "EfficientPolyFace": {"blocks": [1, 1, 1], "width": 0.1, "features": 8, "input_size": 75},
+    "PolyNet": {"modules": [1, 1, 1], "features": 8, "input_size": 75, "width": 0.1},
+    "MobileFaceNet": {"blocks": [1, 1, 1, 1], "features": 8, "input_size": 112},
+    "QualityNet": {"channels": [4, 4, 4, 4], "blocks": 1, "input_size": 32},
+}
 
 
 def small(words: tuple[str, ...]) -> DictConfig:
-    """The model, loss, optimizer and schedule of a row, with a shallow network on small clips."""
-    cfg = OmegaConf.create(OmegaConf.to_container(composed(words), resolve=False))
-    cfg.model.update({"frames": 8} if "frames" in cfg.model else {})
-    if "num_segments" in cfg.model:
-        cfg.model.num_segments = 2
-    if "layers" in cfg.model.get("backbone", {}):
-        cfg.model.backbone.layers = [1, 1, 1, 1]
-        cfg.model.backbone.weights = None
-    if cfg.model.get("non_local"):
-        cfg.model.non_local.blocks = {"layer2": [0]}
-    if "depth" in cfg.model:
-        cfg.model.depth = 50 if "frames" in cfg.model else 18
+    """A row with a narrow network of the same kind on small images."""
+    cfg = resolved(words)
+    cfg.model.update(NARROW[cfg.model["_target_"].rpartition(".")[2]])
+    cfg.transform.update({"size": 32, "resize": cfg.model.input_size})
     return cfg
 
 
 def shape(words: tuple[str, ...]) -> str:
     """What decides the computation of a reduced row, so that equal rows run once."""
     cfg = small(words)
-    transform = {k: v for k, v in cfg.transform.items() if k in ("modality", "length")}
-    return str((cfg.model, transform, cfg.loss["function"], cfg.optim["_target_"]))
+    sizes = {key: cfg.objective.get(key) for key in ("centers", "smoothing", "regular")}
+    names = [cfg[group]["_target_"] for group in ("draws", "objective", "optim", "schedule")]
+    sampled = cfg.objective.get("sample_rate", 1.0) < 1
+    return str((cfg.model, cfg.margin, sizes, sampled, names))
 
 
 DIFFERENT = list({shape(words): words for words in reversed(LINES)}.values())[::-1]
+
+
+def batch(cfg: DictConfig) -> tuple[torch.Tensor, ...]:
+    """Images with what the row's objective is given beside the network's output."""
+    side = cfg.transform["size"]
+    if cfg.draws["_target_"].endswith("SetDraws"):
+        image = torch.randint(0, 256, (2, 3, 2, 3, side, side), dtype=torch.uint8)
+        return SetItem(image, torch.randn(2, 3, 2, 5))
+    image = torch.randint(0, 256, (IMAGES, 3, side, side), dtype=torch.uint8)
+    if cfg.draws["_target_"].endswith("ProxyDraws"):
+        return QualityItem(image, torch.rand(IMAGES))
+    return FaceItem(image, torch.arange(IMAGES))
 
 
 @pytest.mark.slow
@@ -149,25 +165,27 @@ DIFFERENT = list({shape(words): words for words in reversed(LINES)}.values())[::
 def test_a_row_takes_a_step(words: tuple[str, ...]) -> None:
     cfg = small(words)
     torch.manual_seed(0)
-    cfg.transform.update({"input_size": SIDE, "scale_size": SIDE})
-    transform = instantiate(cfg.transform)
-    objective = instantiate(cfg.loss)(counts_K=torch.tensor([3, 2, 2, 1]))
-    model = instantiate(cfg.model)(num_classes=CLASSES).train()
-    optimizer = instantiate(cfg.optim)(model)
-    schedule = instantiate(cfg.schedule)(optimizer, 10)
-    frames = cfg.model.get("frames", 8 if "depth" in cfg.model else 2)
-    length = cfg.transform.get("length", 1)
-    channels = length * (2 if cfg.transform.get("modality") == "flow" else 3)
-    image = torch.randint(0, 256, (2, frames, channels, SIDE, SIDE), dtype=torch.uint8)
-    item = ClipItem(image, torch.eye(CLASSES)[:2])
-    loss = train_step(model, item, transform, objective, torch.device("cpu"))
+    transform, model = instantiate(cfg.transform), instantiate(cfg.model).train()
+    objective = instantiate(cfg.objective)
+    if isinstance(objective, partial):
+        objective = objective(features=model.features, num_classes=CLASSES)
+    optimizer = instantiate(cfg.optim)(model, objective)
+    frozen = {"frozen": 2} if "frozen" in cfg.schedule else {}
+    schedule = instantiate(cfg.schedule, **frozen)(optimizer, 10)
+    loss = train_step(model, batch(cfg), transform, objective, torch.device("cpu"))
     loss.backward()
     assert torch.isfinite(loss)
+    skipped = getattr(model, "skips_parameters", False)
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert torch.isfinite(parameter.grad).all(), name
-    assert any(parameter.grad.abs().max() > 0 for parameter in model.parameters())
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(map(id, held)) == sorted(id(p) for p in model.parameters())
+        if parameter.requires_grad and not skipped:
+            assert parameter.grad is not None, name
+            assert torch.isfinite(parameter.grad).all(), name
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    wanted = [p for part in (model, objective) for p in part.parameters() if p.requires_grad]
+    assert sorted(held) == sorted(map(id, wanted))
+    before = [p.detach().clone() for p in objective.parameters()]
     optimizer.step()
     schedule.step()
+    after = list(objective.parameters())
+    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -77,8 +77,8 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with pytest.raises(InputError, match=r"has no image \(\.jpg, .*\) in its folders: 1"):
         load_folder(tmp_path, allow_gaps=True)
+    save(tmp_path / "a" / "a.png", 1)
     with pytest.raises(ValueError, match="fraction=2"):
-        save(tmp_path / "a" / "a.png", 1)
         load_folder(tmp_path, noise=2)
 
 

@@ -283,37 +283,35 @@ def test_bad_arguments(change: dict[str, object], message: str) -> None:
         margin_softmax(**(given | change))  # type: ignore[arg-type]
 
 
+def sharded_gap(name: str, centers: int, own: range, label: Tensor) -> float:
+    """Greatest difference of loss, gradients and states between this shard and the whole."""
+    feature, weight, _ = problem(centers=centers)
+    whole, shard = margins()[name], margins()[name]
+    for margin in (whole, shard):
+        if isinstance(margin, torch.nn.Module):
+            margin.train()
+    call = partial(margin_softmax, label_B=label, scale=SCALE, smoothing=0.1, centers=centers)
+    expected = with_gradients(partial(call, margin=whole), feature, weight)
+    rows = slice(own.start * centers, own.stop * centers)
+    place = {"group": td.group.WORLD, "first": own.start, "classes": 7}
+    found = with_gradients(partial(call, margin=shard, **place), feature, weight[rows])
+    td.all_reduce(found[1])
+    expected[2] = expected[2][rows]
+    if isinstance(whole, torch.nn.Module) and isinstance(shard, torch.nn.Module):
+        expected, found = [*expected, *whole.buffers()], [*found, *shard.buffers()]
+    pairs = zip(found, expected, strict=True)
+    return max((a - b).abs().max().item() for a, b in pairs if a.numel())
+
+
 def rank_program(rank: int, store: str) -> None:
-    """One of two ranks: 5 of 7 classes here, 2 there; all labels of the second batch on one."""
+    """One of two ranks, with 5 and 2 classes or 7 and none, or every label on the first."""
     td.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    group, own = td.group.WORLD, slice(0, 5) if rank == 0 else slice(5, 7)
+    label = problem()[2]
     worst = 0.0
-    for centers, one_side in ((1, False), (1, True), (2, False)):
-        feature, weight, label = problem(centers=centers)
-        label = label % 5 if one_side else label
-        for name, whole in margins().items():
-            shard = margins()[name]
-            for margin in (whole, shard):
-                if isinstance(margin, torch.nn.Module):
-                    margin.train()
-            options = {"label_B": label, "scale": SCALE, "smoothing": 0.1, "centers": centers}
-            expected = with_gradients(
-                partial(margin_softmax, margin=whole, **options), feature, weight
-            )
-            rows = slice(own.start * centers, own.stop * centers)
-            found = with_gradients(
-                partial(
-                    margin_softmax, margin=shard, group=group, first=own.start, classes=7, **options
-                ),
-                feature, weight[rows],
-            )  # fmt: skip
-            td.all_reduce(found[1])
-            expected[2] = expected[2][rows]
-            gaps = [(a - b).abs().max().item() for a, b in zip(found, expected, strict=True)]
-            worst = max(worst, *gaps)
-            if isinstance(whole, torch.nn.Module) and isinstance(shard, torch.nn.Module):
-                kept = zip(whole.buffers(), shard.buffers(), strict=True)
-                worst = max(worst, *((a - b).abs().item() for a, b in kept))
+    for centers, cut, labels in ((1, 5, label), (1, 5, label % 5), (2, 5, label), (2, 7, label)):
+        own = range(0, cut) if rank == 0 else range(cut, 7)
+        for name in NAMES:
+            worst = max(worst, sharded_gap(name, centers, own, labels))
     sys.stdout.write(f"{worst:.3g}\n")
     sys.stdout.flush()
     os._exit(0)  # without waiting for gloo's threads
@@ -321,7 +319,7 @@ def rank_program(rank: int, store: str) -> None:
 
 @pytest.mark.slow
 def test_check_04_two_ranks_give_what_one_gives(tmp_path: Path) -> None:
-    """Every margin, smoothing, sub-centres, uneven shards, a rank without a label."""
+    """Every margin, smoothing, sub-centres, uneven shards, a rank without labels or classes."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(

@@ -219,7 +219,7 @@ def align_file(face: Face, output: Output) -> None:
         aligned = align(image, face.point_52, output.size)
     except ValueError as error:
         raise InputError(source, "cannot be aligned", error) from error
-    options = [cv2.IMWRITE_JPEG_QUALITY, output.quality]
+    options = [cv2.IMWRITE_JPEG_QUALITY, output.quality] if output.suffix == ".jpg" else []
     encoded, code = cv2.imencode(output.suffix, aligned[..., ::-1], options)
     if not encoded:
         raise OSError(errno.EIO, "image could not be encoded", str(target))
