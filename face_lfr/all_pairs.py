@@ -38,7 +38,6 @@ from face_lfr.ops.pair_scores import (
     Product,
     Rows,
     Tile,
-    exact_keys,
     full_precision,
     negative_corners,
     positive_corners,
@@ -280,19 +279,20 @@ def _positives(
         if counts is not None:
             counts.add_scores(score_P)
         for cut in accepted:
-            accepted[cut] += _above(scan.rows, tile, position_P, score_P, cut)
+            accepted[cut] += _above(tile, position_P, score_P, cut)
     if counts is not None:
         counts.merge(scan.world)
     return {cut: int(over_ranks(count, scan.world)) for cut, count in accepted.items()}, counts
 
 
-def _above(rows: Rows, tile: Tile, position_P: Tensor, score_P: Tensor, cut: Cut) -> Tensor:
+def _above(tile: Tile, position_P: Tensor, score_P: Tensor, cut: Cut) -> Tensor:
     """How many of the scores lie above the cut; only what float32 cannot tell is taken exactly."""
     if cut.key == LOWEST_KEY:
         return torch.tensor(len(score_P), device=score_P.device)
-    over_P = score_P > cut.threshold + rows.bound
-    near_P = (score_P >= cut.threshold - rows.bound) & ~over_P
-    key_P = exact_keys(rows, tile, position_P[near_P])
+    reach = tile.rows.bound
+    over_P = score_P > cut.threshold + reach
+    near_P = (score_P >= cut.threshold - reach) & ~over_P
+    key_P = tile.keys(position_P[near_P])
     return over_P.sum() + (key_P > cut.key).sum()
 
 

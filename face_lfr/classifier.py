@@ -1,7 +1,8 @@
 """The classifier of a training: class centres over the ranks, and the loss of the global batch.
 
-Letters: B images of this rank, A images of all ranks, C classes, S classes of this rank (or those
-of them that take part in a step), K sub-centres, D embedding width, M images of this rank's classes.
+Letters: B images of this rank, A images of all ranks, M those of them whose class this rank has, C
+classes, S classes of this rank (or those that take part in a step), K sub-centres, D embedding
+width.
 """
 
 from __future__ import annotations
@@ -196,7 +197,8 @@ class Classifier(nn.Module):
     def _choose(self, label_A: Tensor) -> Tensor:
         """Sorted classes of this step, over all ranks and the same on every one of them."""
         present = label_A.unique()
-        count = max(math.ceil(self.sample_rate * self.num_classes), len(present))
+        # One class alone would have nothing to be told from.
+        count = max(math.ceil(self.sample_rate * self.num_classes), len(present), 2)
         key_C = keys(self.num_classes, self.seed, int(self.draws), label_A.device)
         key_C[present] = -1  # before all others
         self.draws += 1

@@ -14,6 +14,7 @@ Letters: N pictures, D embedding width, G groups.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -71,11 +72,12 @@ def average_linkage(similarity_NN: ArrayLike, threshold: float) -> Labels:
     return np.unique(first_N, return_inverse=True)[1].astype(np.int64)
 
 
-class _Best:
+class _Best(NamedTuple):
     """The most similar pair of groups, `first` < `second`."""
 
-    def __init__(self, first: int, second: int, mean: float):
-        self.first, self.second, self.mean = first, second, mean
+    first: int
+    second: int
+    mean: float
 
 
 class _Pairs:

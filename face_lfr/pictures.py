@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from common.log import InputError
 from face_lfr.data.align import Points, align, five_points
@@ -64,6 +65,10 @@ class Faces:
             return align(image_HWC, point_52, self.transform.size)
         except ValueError as error:
             raise InputError(path, "cannot be aligned", error) from error
+
+    def ready(self, row: int) -> Tensor:
+        """Face as the transform takes it, uint8 (3, size, size); `InputError` as `read`."""
+        return self.transform.test(self.read(row))
 
 
 def find_pictures(path: Path, leave_out: Path | None = None) -> list[Path]:

@@ -29,7 +29,7 @@ from face_lfr.template import (
     template_vectors,
     verify_templates,
 )
-from face_lfr.verification import verify
+from face_lfr.verification import unit_rows, verify
 from face_lfr.video import (
     VideoFrames,
     embed_videos,
@@ -55,7 +55,7 @@ def all_pairs(cfg: EvalConfig, world: dist.World) -> dict[str, Any]:
         trained = _recogniser(cfg, world)
         images = load_deepglint(_need(cfg.images, "images", "a recogniser needs the folder"))
         feature_ND = _embed(cfg, world, trained, images, "features.npy")
-        _submit(cfg, world, feature_ND)
+        _submit(cfg, world, feature_ND, len(images))
         if images.labels_N is None:
             raise InputError(images.root, "has no labels.txt to score its images by", cfg.images)
         labels_N, facts = images.labels_N, _facts(cfg, trained)
@@ -123,7 +123,7 @@ def video(cfg: EvalConfig, world: dist.World) -> dict[str, Any]:
         frames, cfg.method, _fprs(cfg, VIDEO_FPR), frame_norm=cfg.frame_norm, pairs=cfg.pairs,
         world=world,
     )  # fmt: skip
-    _submit(cfg, world, found.vector_VD)
+    _submit(cfg, world, found.vector_VD, len(frames.videos.videos))
     facts |= {"method": cfg.method, "videos": len(frames.videos.videos)}
     return facts | {"frames": len(frames.feature_ND)} | summary(found.pairs)
 
@@ -232,6 +232,8 @@ def _need(value: Any, key: str, why: str) -> Path:
     return Path(value)
 
 
-def _submit(cfg: EvalConfig, world: dist.World, feature_ND: np.ndarray) -> None:
+def _submit(cfg: EvalConfig, world: dist.World, feature_ND: np.ndarray, rows: int) -> None:
+    """Unit rows, as the organisers' own script wrote them."""
     if cfg.submission and world.main:
-        write_matrix(Path(cfg.out) / "submission.bin", feature_ND, len(feature_ND))
+        unit_ND = unit_rows(feature_ND).astype(np.float32)
+        write_matrix(Path(cfg.out) / "submission.bin", unit_ND, rows)

@@ -28,6 +28,7 @@ class Job(NamedTuple):
     noise: float = 0.0  # share of the training images with a random label
     teacher: Path | None = None  # run of the recogniser, for a quality network
     sizes: Mapping[str, int] = {}  # of the data set, where not as usual
+    words: tuple[str, ...] = ()  # further overrides
 
     def command(self) -> list[str]:
         """The command line that trains it."""
@@ -37,7 +38,7 @@ class Job(NamedTuple):
             f"data.noise={self.noise}", *(f"data.{k}={v}" for k, v in self.sizes.items()),
         ]  # fmt: skip
         words += [f"teacher={self.teacher}"] if self.teacher else []
-        return [sys.executable, "-m", "face_lfr.train", *words]
+        return [sys.executable, "-m", "face_lfr.train", *words, *self.words]
 
     @property
     def title(self) -> str:

@@ -20,7 +20,7 @@ Shapes: N images, D columns, T templates, P pairs, Q probes, G gallery entries.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from common.log import InputError
 from face_lfr.data.ijb import IjbData, Subjects
-from face_lfr.verification import Roc, RocPoint, bounded_point, nearest_point, roc
+from face_lfr.verification import Roc, RocPoint, bounded_points, nearest_points, roc
 
 Floats = NDArray[np.float64]
 Numbers = NDArray[np.int64]
@@ -153,27 +153,28 @@ def pair_scores(templates: Templates, pair_P2: Numbers) -> Floats:
     Where the pairs fill much of the matrix of their templates, as those of IJB do, blocks of that
     matrix are computed; else the vectors of the pairs are multiplied one by one.
     """
-    left_A, a_P = np.unique(pair_P2[:, 0], return_inverse=True)
-    right_B, b_P = np.unique(pair_P2[:, 1], return_inverse=True)
-    left_AD, right_BD = (templates.vector_TD[templates.rows(ids)] for ids in (left_A, right_B))
-    if len(left_A) * len(right_B) > DENSE * len(pair_P2):
+    (left_AD, a_P), (right_BD, b_P) = (_used(templates, ids_P) for ids_P in pair_P2.T)
+    if len(left_AD) * len(right_BD) > DENSE * len(pair_P2):
         return _listed_scores(left_AD, right_BD, a_P, b_P)
+    rows = max(1, SCORES // len(right_BD))
+    block_P = a_P // rows
+    if len(left_AD) <= rows * 2**16:
+        block_P = block_P.astype(np.uint16)  # sorted in linear time
+    order_P = np.argsort(block_P, kind="stable")
+    end_K = np.cumsum(np.bincount(block_P))
     score_P = np.empty(len(pair_P2))
-    order_P = np.argsort(a_P, kind="stable")
-    rows = max(1, SCORES // len(right_B))
-    for start, stop, part in _runs(a_P[order_P], len(left_A), rows):
-        block_AB = left_AD[start:stop] @ right_BD.T
-        chosen = order_P[part]
-        score_P[chosen] = block_AB[a_P[chosen] - start, b_P[chosen]]
+    for block, part in enumerate(np.split(order_P, end_K[:-1])):
+        score_AB = left_AD[block * rows : (block + 1) * rows] @ right_BD.T
+        score_P[part] = score_AB[a_P[part] - block * rows, b_P[part]]
     return score_P
 
 
-def _runs(sorted_P: Numbers, count: int, rows: int) -> Iterator[tuple[int, int, slice]]:
-    """Ranges of `rows` values below `count`, and the slice of `sorted_P` that holds each."""
-    for start in range(0, count, rows):
-        stop = min(start + rows, count)
-        first, last = np.searchsorted(sorted_P, (start, stop))
-        yield start, stop, slice(first, last)
+def _used(templates: Templates, ids_P: Numbers) -> tuple[Floats, Numbers]:
+    """Vectors of the templates that occur, and where among them each one is."""
+    row_P = templates.rows(ids_P)
+    used_T = np.zeros(len(templates.ids_T), bool)
+    used_T[row_P] = True
+    return templates.vector_TD[used_T], (np.cumsum(used_T) - 1)[row_P]
 
 
 def _listed_scores(left_AD: Floats, right_BD: Floats, a_P: Numbers, b_P: Numbers) -> Floats:
@@ -220,8 +221,7 @@ def verify_templates(
         InputError: as `roc`.
     """
     curve = roc(pair_scores(templates, data.pair_P2), data.same_P)
-    nearest = {fpr: nearest_point(curve, fpr) for fpr in fprs}
-    bounded = {fpr: bounded_point(curve, fpr) for fpr in fprs}
+    nearest, bounded = nearest_points(curve, fprs), bounded_points(curve, fprs)
     genuine = int(data.same_P.sum())
     return PairResult(curve, nearest, bounded, genuine, len(data.same_P) - genuine)
 

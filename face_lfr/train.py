@@ -19,6 +19,7 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.config_store import ConfigStore
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ from face_lfr.data.face_data import FaceData
 from face_lfr.engine import Embedding, autocast, check_fits, train_step
 from face_lfr.flops import require
 from face_lfr.models.norm import use_sync_bn
+from face_lfr.optim import ShardScaler
 from face_lfr.teacher import anchor_classes, prepare_proxy
 from face_lfr.weights import Trainee, load_initial
 
@@ -95,7 +97,7 @@ def train(cfg: TrainConfig) -> dict[str, float]:
     world = dist.init(cfg.device)
     _check(cfg, world)
     data: FaceData = instantiate(cfg.data)
-    transform = instantiate(cfg.transform)
+    transform = _instantiate(cfg, "transform")
     seed_everything(cfg.seed)  # every rank builds the same model
     model = _model(cfg, world)
     check_fits(model, transform)
@@ -108,7 +110,7 @@ def train(cfg: TrainConfig) -> dict[str, float]:
     sampler = ResumableSampler(
         len(draws), seed=cfg.seed, rank=world.rank, world=world.size, shuffle=False
     )
-    scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.precision == "float16")
+    scaler = ShardScaler(world.device.type, enabled=cfg.precision == "float16")
     checkpoint = Checkpointer(
         Path(cfg.run_dir) / "checkpoints", Trainee(model, objective), optimizer, keep=cfg.keep,
         sampler=sampler, schedule=schedule, scaler=scaler,
@@ -177,7 +179,7 @@ def _check(cfg: TrainConfig, world: dist.World) -> None:
 
 def _call(cfg: TrainConfig, name: str, *args: Any, **named: Any) -> Any:
     """Call a `_partial_` node; arguments that it refuses are the user's."""
-    partial = instantiate(getattr(cfg, name))
+    partial = _instantiate(cfg, name)
     try:
         inspect.signature(partial).bind(*args, **named)
     except (TypeError, ValueError) as error:
@@ -190,13 +192,18 @@ def _call(cfg: TrainConfig, name: str, *args: Any, **named: Any) -> Any:
         raise InputError(name, "an argument is not accepted", error) from error
 
 
-def _model(cfg: TrainConfig, world: dist.World) -> nn.Module:
+def _instantiate(cfg: TrainConfig, name: str) -> Any:
+    """Build a node; arguments that a constructor refuses are the user's."""
     try:
-        model: nn.Module = instantiate(cfg.model)
-    except hydra.errors.InstantiationException as error:
+        return instantiate(getattr(cfg, name))
+    except InstantiationException as error:
         if isinstance(error.__cause__, ValueError):
-            raise InputError("model", "an argument is not accepted", error.__cause__) from error
+            raise InputError(name, "an argument is not accepted", error.__cause__) from error
         raise
+
+
+def _model(cfg: TrainConfig, world: dist.World) -> nn.Module:
+    model: nn.Module = _instantiate(cfg, "model")
     if cfg.max_gflops is not None:
         require(model, cfg.max_gflops, model.input_size)  # type: ignore[arg-type]
     if cfg.init is not None:
@@ -214,14 +221,10 @@ def _model(cfg: TrainConfig, world: dist.World) -> nn.Module:
 def _objective(cfg: TrainConfig, model: Any, num_classes: int, world: dist.World) -> nn.Module:
     """The classifier of a recogniser, or what a quality network learns."""
     if cfg.teacher is not None:
-        quality: nn.Module = instantiate(cfg.objective)
+        quality: nn.Module = _instantiate(cfg, "objective")
         return quality.to(world.device)
     named = {"features": model.features, "num_classes": num_classes, "world": world}
     objective: nn.Module = _call(cfg, "objective", **named)
-    if cfg.precision == "float16" and getattr(objective, "sample_rate", 1.0) < 1:
-        # A GradScaler sees gradients of parameters; those of sampled rows are kept apart.
-        what = "cannot be scaled with sampled classes; use bfloat16, or sample_rate=1, not"
-        raise InputError("precision", what, cfg.precision)
     return objective.to(world.device)
 
 

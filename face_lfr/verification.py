@@ -16,6 +16,7 @@ Shapes: P pairs, D columns, K folds, T thresholds, S distinct scores.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -307,13 +308,19 @@ def roc(score_P: Floats, same_P: Flags) -> Roc:
     if same_P.all() or not same_P.any():
         kind = "genuine" if same_P.all() else "impostor"
         raise InputError("pairs", "there is nothing to tell apart, every pair is", kind)
-    order_P = np.argsort(-score_P, kind="stable")
-    sorted_P = score_P[order_P]
-    last_S = np.append(np.flatnonzero(np.diff(sorted_P)), len(sorted_P) - 1)
-    true_S = np.cumsum(same_P[order_P])[last_S]
-    counts = last_S + 1 - true_S, true_S
-    false_S, true_S = (np.concatenate([[0], count_S]) for count_S in counts)
-    return Roc(false_S, true_S, np.concatenate([[np.inf], sorted_P[last_S]]))
+    sorted_P = np.sort(score_P)
+    first_S = np.flatnonzero(np.diff(sorted_P, prepend=-np.inf))
+    threshold_S = sorted_P[first_S]
+    # The few genuine scores are found among all; sorting pairs would take several times as long.
+    place = np.searchsorted(threshold_S, score_P[same_P])
+    true_S = _accepted(np.bincount(place, minlength=len(threshold_S)))
+    all_S = _accepted(np.diff(first_S, append=len(sorted_P)))
+    return Roc(all_S - true_S, true_S, np.concatenate([[np.inf], threshold_S[::-1]]))
+
+
+def _accepted(count_S: Counts) -> Counts:
+    """Pairs at or above each score, from the highest on, after a first entry of 0."""
+    return np.concatenate([[0], np.cumsum(count_S[::-1])])
 
 
 class RocPoint(NamedTuple):
@@ -326,21 +333,24 @@ class RocPoint(NamedTuple):
 
 
 def _point(curve: Roc, index: int) -> RocPoint:
-    rates = float(curve.tpr[index]), float(curve.fpr[index])
-    return RocPoint(*rates, float(curve.threshold_S[index]), int(curve.false_S[index]))
+    false, true = int(curve.false_S[index]), int(curve.true_S[index])
+    rates = true / int(curve.true_S[-1]), false / int(curve.false_S[-1])
+    return RocPoint(*rates, float(curve.threshold_S[index]), false)
 
 
-def nearest_point(curve: Roc, fpr: float) -> RocPoint:
-    """The point whose rate is nearest to `fpr`; of equally near ones that with the highest tpr.
+def nearest_points(curve: Roc, fprs: Sequence[float]) -> dict[float, RocPoint]:
+    """For each rate the point whose rate is nearest; of equally near ones that of the highest tpr.
 
     Looks at the corners of the curve only, as the scripts of insightface do, so the rate can lie
     on either side and, with few impostor pairs, far away.
     """
     corners = curve.corners()
-    backwards = np.abs(corners.fpr[::-1] - fpr)
-    return _point(corners, len(backwards) - 1 - int(backwards.argmin()))
+    backwards = corners.fpr[::-1]
+    index = {fpr: len(backwards) - 1 - int(np.abs(backwards - fpr).argmin()) for fpr in fprs}
+    return {fpr: _point(corners, index[fpr]) for fpr in fprs}
 
 
-def bounded_point(curve: Roc, fpr: float) -> RocPoint:
-    """The point with the highest tpr among those with a rate <= `fpr`."""
-    return _point(curve, int(np.searchsorted(curve.fpr, fpr, side="right")) - 1)
+def bounded_points(curve: Roc, fprs: Sequence[float]) -> dict[float, RocPoint]:
+    """For each rate the point with the highest tpr among those with a rate that is no higher."""
+    index = np.searchsorted(curve.fpr, list(fprs), side="right") - 1
+    return {fpr: _point(curve, int(at)) for fpr, at in zip(fprs, index, strict=True)}

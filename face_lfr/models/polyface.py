@@ -118,9 +118,9 @@ def _untracked(block: nn.Module) -> Iterator[None]:
     """The statistics of a batch count once, though the block runs twice."""
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
     tracked = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
+    for norm, (_, counted) in zip(norms, tracked, strict=True):
         norm.momentum = 0.0
-        norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)
+        norm.num_batches_tracked = None if counted is None else torch.zeros_like(counted)
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,12 +83,14 @@ class Rows:
         return high_UD, ((unit_UD - high_UD) * 2.0**46).round() * 2.0**-46
 
 
-class Tile(NamedTuple):
+@dataclass
+class Tile:
     """Scores of rows `row`.. with rows `column`.., row by row, `width` to a row.
 
     `score` is float32 and padded with `EXCLUDED` to a multiple of `SEGMENT`.
     """
 
+    rows: Rows
     row: int
     column: int
     height: int
@@ -105,6 +107,19 @@ class Tile(NamedTuple):
         ends = ((self.row, self.height), (self.column, self.width))
         at_R, at_C = (torch.arange(at, at + count, device=device) for at, count in ends)
         return at_R, at_C
+
+    def keys(self, position_P: Tensor) -> Tensor:
+        """(P,) keys of the scores at these positions, taken in whichever way is cheaper."""
+        if len(position_P) * DENSE > self.height * self.width:
+            return self._all_keys[position_P]
+        return exact_pairs(self.rows, *self.pairs(position_P))
+
+    @cached_property
+    def _all_keys(self) -> Tensor:
+        places = self.places(torch.device("cpu"))
+        (high_RD, low_RD), (high_CD, low_CD) = map(self.rows.parts, places)
+        cross_RC = torch.cat([high_RD, low_RD], dim=1) @ torch.cat([low_CD, high_CD], dim=1).T
+        return _key(high_RD @ high_CD.T, cross_RC).flatten()
 
 
 def sorted_rows(features: ArrayLike, labels: ArrayLike, device: torch.device) -> Rows:
@@ -222,7 +237,7 @@ class Product:
         torch.mm(unit_RD, unit_CD.T, out=score_RC)
         padded = -(-size // SEGMENT) * SEGMENT
         self.memory[size:padded] = EXCLUDED
-        return Tile(row, column, height, width, self.memory[:padded]), score_RC
+        return Tile(self.rows, row, column, height, width, self.memory[:padded]), score_RC
 
     def _masks(self, tile: Tile) -> tuple[Tensor, Tensor]:
         """(R, C) pairs of one label, and pairs whose second row stands behind the first."""
@@ -232,13 +247,6 @@ class Product:
         label_N = self.rows.label
         same_RC = label_N[rows, None] == label_N[None, columns]
         return same_RC, place_N[None, columns] > place_N[rows, None]
-
-
-def exact_keys(rows: Rows, tile: Tile, position_P: Tensor) -> Tensor:
-    """(P,) keys of the scores at positions of a tile, by whichever way is cheaper."""
-    if len(position_P) * DENSE > tile.height * tile.width:
-        return _exact_tile(rows, tile).flatten()[position_P]
-    return exact_pairs(rows, *tile.pairs(position_P))
 
 
 def exact_pairs(rows: Rows, first_P: Tensor, second_P: Tensor) -> Tensor:
@@ -253,12 +261,6 @@ def exact_pairs(rows: Rows, first_P: Tensor, second_P: Tensor) -> Tensor:
         cross_P = (high_PD * other_low_PD + low_PD * other_high_PD).sum(dim=1)
         found.append(_key(high_P, cross_P))
     return torch.cat(found)
-
-
-def _exact_tile(rows: Rows, tile: Tile) -> Tensor:
-    (high_RD, low_RD), (high_CD, low_CD) = map(rows.parts, tile.places(torch.device("cpu")))
-    cross_RC = torch.cat([high_RD, low_RD], dim=1) @ torch.cat([low_CD, high_CD], dim=1).T
-    return _key(high_RD @ high_CD.T, cross_RC)
 
 
 def _key(high: Tensor, cross: Tensor) -> Tensor:

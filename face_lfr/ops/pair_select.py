@@ -24,7 +24,7 @@ from torch import Tensor
 
 from common import dist
 from common.dist import World
-from face_lfr.ops.pair_scores import EXCLUDED, SEGMENT, UNIT, Rows, Tile, exact_keys, exact_pairs
+from face_lfr.ops.pair_scores import EXCLUDED, SEGMENT, UNIT, Rows, Tile, exact_pairs
 
 LOWEST_KEY = -(2**60)  # less than the key of any score
 RESOLUTION = 2.0**-15  # width of a bin of `Histogram`
@@ -235,7 +235,7 @@ class Window:
         reach = self.rows.bound
         self.low, self.high = self.first / UNIT - reach, self.last / UNIT + reach
         self.shift = max(0, (self.last - self.first).bit_length() - _FINE.bit_length() + 1)
-        self.above = 0
+        self.above, self.collected = 0, 0
         self.keys: list[Tensor] = []
         self.count_B: Tensor | None = None
 
@@ -245,10 +245,11 @@ class Window:
         self.above += above
         if not len(position_P):
             return
-        key_P = exact_keys(self.rows, tile, position_P)
+        key_P = tile.keys(position_P)
         self.above += int((key_P > self.last).sum())
         self.keys.append(key_P[(key_P >= self.first) & (key_P <= self.last)])
-        if self.count_B is not None or sum(map(len, self.keys)) > self.budget:
+        self.collected += len(self.keys[-1])
+        if self.count_B is not None or self.collected > self.budget:
             self._count()
 
     def _count(self) -> Tensor:
@@ -262,7 +263,7 @@ class Window:
     def merge(self, world: World | None) -> None:
         """Join with the other ranks, then find the cut, or narrow the bracket to one bin."""
         device = self.rows.unit.device
-        mine = (self.above, sum(map(len, self.keys)), int(self.count_B is not None))
+        mine = (self.above, self.collected, int(self.count_B is not None))
         counts = over_ranks(torch.tensor(mine, device=device), world)
         self.above, collected, counted = counts.tolist()
         if not counted and collected <= self.budget:

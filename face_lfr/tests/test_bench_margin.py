@@ -75,6 +75,16 @@ def test_every_shape_has_a_row_against_every_peer(monkeypatch: pytest.MonkeyPatc
     }  # fmt: skip
 
 
+def test_a_row_that_takes_minutes_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_margin, "SHAPES", ((8, 50),))
+    monkeypatch.setattr(bench_margin, "LOOP_ENTRIES", 399)
+    found = list(margin_rows(1, CPU))
+    missing = [entry for entry in found if entry["ours_ms"] is None]
+    assert [entry["peer"] for entry in missing] == ["loop over the batch (authors)"]
+    assert missing[0]["note"].startswith("not measured: ")
+    assert len(found) == len(pairs())
+
+
 def test_a_peer_that_differs_stops_the_run() -> None:
     def wrong(feature: Tensor, weight: Tensor, label: Tensor) -> Tensor:
         return bench_margin.ours(NormSoftmax())(feature, weight, label) * 1.01

@@ -40,7 +40,7 @@ def composed(words: tuple[str, ...]) -> DictConfig:
 def resolved(words: tuple[str, ...]) -> DictConfig:
     """The nodes of a row, each as it is built."""
     cfg = OmegaConf.create(OmegaConf.to_container(composed(words), resolve=False))
-    plain = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(GROUPS)), resolve=True)
+    plain = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [*GROUPS, "seed", "frozen_steps"]), resolve=True)
     return OmegaConf.create(plain)
 
 

@@ -1,13 +1,8 @@
 """Cross-rank and frozen batch norm."""
 
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from face_lfr.models.norm import CrossRankBatchNorm, FrozenBatchNorm, freeze_bn, use_sync_bn
 
@@ -46,43 +41,6 @@ def test_alone_it_is_batch_norm(momentum: float | None) -> None:
     for name, value in plain.state_dict().items():
         assert torch.equal(synced.state_dict()[name], value), name
     assert torch.equal(plain.eval()(batch()), synced.eval()(batch()))
-
-
-def two_ranks(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for split in (4, 3):
-        compare(rank, split)
-    with pytest.raises(ValueError, match="need \\(B, C"):
-        CrossRankBatchNorm(3)(torch.zeros(3))
-    dist.destroy_process_group()
-
-
-def compare(rank: int, split: int) -> None:
-    """Two training steps of both; the ranks have `split` and 8 - `split` rows."""
-    whole, parts = network(), use_sync_bn(network())
-    wrapped = DistributedDataParallel(parts)
-    rows = slice(0, split) if rank == 0 else slice(split, 8)
-    for _ in range(2):
-        expected = whole(batch())
-        got = wrapped(batch()[rows])
-        torch.testing.assert_close(got, expected[rows], rtol=0, atol=1e-10)
-        whole.zero_grad()
-        wrapped.zero_grad()
-        loss_of(expected).backward()
-        # DDP divides by the ranks; each rank adds its part of the mean over all rows.
-        (got.square().sum() / 8 * 2).backward()
-    for (name, a), b in zip(whole.named_parameters(), parts.parameters(), strict=True):
-        assert a.grad is not None
-        assert b.grad is not None
-        assert (a.grad - b.grad).abs().max() <= 1e-6, name
-        assert a.grad.abs().max() > 1e-4 or name == "4.bias", name  # a norm follows this bias
-    for name, value in whole.named_buffers():
-        torch.testing.assert_close(dict(parts.named_buffers())[name], value, msg=name)
-
-
-@pytest.mark.slow
-def test_two_processes_equal_the_full_batch(tmp_path: Path) -> None:
-    mp.spawn(two_ranks, args=(str(tmp_path),), nprocs=2)
 
 
 def test_frozen_statistics_never_move() -> None:

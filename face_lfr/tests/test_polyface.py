@@ -2,20 +2,15 @@
 
 import copy
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
-from face_lfr.models.norm import use_sync_bn
 from face_lfr.models.poly_blocks import BLOCK_A, Inception, last_side, scaled
 from face_lfr.models.polyface import EfficientPolyFace, Stage, StochasticDepth
 
@@ -197,30 +192,6 @@ def test_a_continued_run_draws_as_one_that_was_not_stopped() -> None:
     assert int(net.depth.forwards) == int(other.depth.forwards) == 4
     net.eval()(images())
     assert int(net.depth.forwards) == 4
-
-
-def two_ranks(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    net = use_sync_bn(small(keep=0.6, checkpoints=(1, 1, 1)))
-    wrapped = DistributedDataParallel(net, find_unused_parameters=net.skips_parameters)
-    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
-    torch.manual_seed(rank)  # ranks differ in their global generators
-    x = torch.randn(4, 3, 75, 75)
-    for _ in range(4):
-        optimizer.zero_grad()
-        wrapped(x).square().mean().backward()
-        optimizer.step()
-    for value in net.state_dict().values():
-        first = value.clone()
-        dist.broadcast(first, 0)
-        torch.testing.assert_close(value, first, rtol=0, atol=0)
-    assert int(net.depth.forwards) == 4
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_check_05_two_ranks_stay_in_step(tmp_path: Path) -> None:
-    mp.spawn(two_ranks, args=(str(tmp_path),), nprocs=2)
 
 
 class Saved:

@@ -29,6 +29,7 @@ def test_samples_hold_the_batch_and_are_even() -> None:
     # Four standard deviations of a binomial count; 0 and 400 would be a class always out or in.
     assert (count_C[others] - expected).abs().max() < 4 * math.sqrt(expected)
     assert len(objective._choose(torch.arange(30))) == 30  # more in the batch than the rate
+    assert len(build(sample_rate=1e-9)._choose(torch.tensor([5, 5]))) == 2
 
 
 def test_samples_continue_from_a_state() -> None:

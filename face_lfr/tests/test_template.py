@@ -23,7 +23,7 @@ from face_lfr.template import (
     template_vectors,
     verify_templates,
 )
-from face_lfr.verification import bounded_point, nearest_point, roc
+from face_lfr.verification import RocPoint, bounded_points, nearest_points, roc
 
 PERSONS = 24
 
@@ -254,14 +254,18 @@ def test_nearest_and_bounded_by_hand() -> None:
     score = np.array([5.0, 4.0, 3.0, 2.0, 1.0, 0.0, 0.0])
     same = np.array([True, False, True, False, True, False, False])
     curve = roc(score, same)
-    assert bounded_point(curve, 0.24) == (1 / 3, 0.0, 5.0, 0)
-    assert nearest_point(curve, 0.24) == (2 / 3, 0.25, 3.0, 1)  # beyond the rate asked for
-    assert bounded_point(curve, 0.25) == (2 / 3, 0.25, 3.0, 1)
-    assert bounded_point(curve, 1.0) == (1.0, 1.0, 0.0, 4)
-    # 0.375 is as near to 1/4 as to 1/2: the one with the higher rate is meant
-    assert nearest_point(curve, 0.375) == (1.0, 0.5, 1.0, 2)
-    assert bounded_point(roc(-score, same), 0.1).false_accepts == 0
-    assert bounded_point(roc(-score, same), 0.1) == (0.0, 0.0, np.inf, 0)
+    assert bounded_points(curve, [0.24, 0.25, 1.0]) == {
+        0.24: RocPoint(1 / 3, 0.0, 5.0, 0),
+        0.25: RocPoint(2 / 3, 0.25, 3.0, 1),
+        1.0: RocPoint(1.0, 1.0, 0.0, 4),
+    }
+    # 0.24 is answered with a rate beyond it; 0.375 is as near to 1/4 as to 1/2
+    assert nearest_points(curve, [0.24, 0.375]) == {
+        0.24: RocPoint(2 / 3, 0.25, 3.0, 1),
+        0.375: RocPoint(1.0, 0.5, 1.0, 2),
+    }
+    nothing = RocPoint(0.0, 0.0, np.inf, 0)
+    assert bounded_points(roc(-score, same), [0.1]) == {0.1: nothing}
 
 
 @pytest.mark.parametrize("dense", [0, 10**9])
