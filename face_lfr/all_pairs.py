@@ -19,9 +19,9 @@ challenges/iccv19-lfr): images at 1e-8, videos at 1e-4.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -141,7 +141,7 @@ def all_pairs(
     rows = sorted_rows(features, labels, place)
     negatives, positives = count_pairs(rows, pairs)
     allowed = [allowed_accepts(float(fpr), negatives) for fpr in fprs]
-    scan = _Scan(rows, pairs, tile or TILE[place.type], world, progress)
+    scan = _Scan(rows, pairs, tile or TILE.get(place.type, TILE["cpu"]), world, progress)
     with full_precision(place):
         counts = Histogram(rows) if curve_points else None
         cuts = _cuts(scan, allowed, negatives, buffer, counts)
@@ -200,8 +200,8 @@ class _Scan:
         """Show every negative pair once to the readers."""
         self.passes += 1
         product = Product(self.rows, self.side)
-        corners = negative_corners(self.rows, self.pairs, self.side)
-        for row, column in self._mine(corners, self._tiles, f"pass {self.passes} over all pairs"):
+        corners = partial(negative_corners, self.rows, self.pairs, self.side)
+        for row, column in self._mine(corners, f"pass {self.passes} over all pairs"):
             tile = product.negatives(row, column)
             for reader in readers:
                 reader.add(tile)
@@ -211,20 +211,18 @@ class _Scan:
     def positives(self) -> Iterator[tuple[Tile, Tensor]]:
         """Tiles of this rank, with the positions of their positive pairs."""
         product = Product(self.rows, min(self.side, POSITIVE_TILE))
-        corners = positive_corners(self.rows, product.side)
-        for row, column in self._mine(corners, None, "positive pairs"):
+        corners = partial(positive_corners, self.rows, product.side)
+        for row, column in self._mine(corners, "positive pairs"):
             yield product.positives(row, column)
 
-    @cached_property
-    def _tiles(self) -> int:
-        return sum(1 for _ in negative_corners(self.rows, self.pairs, self.side))
-
     def _mine(
-        self, corners: Iterator[tuple[int, int]], total: int | None, title: str
+        self, corners: Callable[[], Iterator[tuple[int, int]]], title: str
     ) -> Iterator[tuple[int, int]]:
         rank, size = (self.world.rank, self.world.size) if self.world else (0, 1)
-        task = self.progress.add_task(title, total=total) if self.progress else None
-        for corner in islice(corners, rank, None, size):
+        task = None
+        if self.progress:
+            task = self.progress.add_task(title, total=sum(1 for _ in corners()))
+        for corner in islice(corners(), rank, None, size):
             yield corner
             if self.progress and task is not None:
                 self.progress.advance(task, size)

@@ -167,7 +167,7 @@ def draw_groups(groups: Sequence[Group], path: Path, title: str) -> None:
     """
     if not groups or not all(group.faces for group in groups):
         raise ValueError("groups must not be empty")
-    most = max(len(group.faces) + (group.more > 0) * 0.6 for group in groups)
+    most = max(len(group.faces) + (group.more > 0) * 0.8 for group in groups)
     width = max(NARROWEST, 2 * MARGIN + most * (CELL + GAP))
     lines = max(len(panel.lines) for group in groups for panel in group.faces)
     heights = [LINE * bool(group.title) + CELL + LINE * lines + GAP for group in groups]

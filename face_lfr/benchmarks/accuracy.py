@@ -1,11 +1,14 @@
 """Published and measured rows, trained and evaluated again: `make reproduce-lfr`.
 
-    python -m face_lfr.benchmarks.accuracy [rows=[lfr/tin_r50_8f]] [nproc=8] [out=DIR]
+    python -m face_lfr.benchmarks.accuracy [rows=[ms1mv3/ir100_arcface]] [nproc=8] [out=DIR]
 
 Every row of `expected.yaml` whose data is present is trained (a stopped run continues), evaluated
-over its splits and seeds, averaged and compared with its expected value. Data is looked for in
-the folder that VISION_TASKS_DATA names, else in `data`. Writes `reproduce.json` and
-`reproduce.md` after every row. Exits with 1 when a row is off or failed, and when no row ran.
+for each of its seeds, averaged and compared with its expected value. Data is looked for in the
+folder that VISION_TASKS_DATA names, else in `data`. Writes `reproduce.json` and `reproduce.md`
+after every row. Exits with 1 when a row is off or failed, and when no row ran.
+
+The row of a quality network names its teacher: a recogniser that is trained first, in the folder
+that any other row of the same experiment and overrides has, and that is evaluated together with it.
 """
 
 from __future__ import annotations
@@ -16,11 +19,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -30,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import rundir
+from common.checkpoint import newest
 from common.log import InputError, exit_on_bad_input, get_logger, setup_logging
 
 EXPECTED = Path(__file__).with_name("expected.yaml")
@@ -45,32 +49,31 @@ class Expected:
     Args:
         name: unique; rows of equal experiment and overrides share their training.
         experiment: of configs/experiment.
-        metric: key of metrics.json, for instance lfr_mAP or top1.
+        metric: key of metrics.json that holds a fraction, for instance tpr@1e-08 or lfw/accuracy.
         expected: None is measured and not compared.
         tolerance: accepted distance from `expected`.
         source: who says so.
-        root: data folder below VISION_TASKS_DATA; None for generated data.
-        splits: number of splits to average over, data.split=1, 2, ...; None for sets without.
+        root: training data below VISION_TASKS_DATA; None for generated data.
+        teacher: experiment of the recogniser that a quality network learns from.
         seeds: of the training, to average over.
-        overrides: of the training; {seed} stands for the seed.
-        evaluate: overrides of the evaluation.
-        init: starting weights below VISION_TASKS_DATA; without the file training starts from
-            scratch, which the report says.
+        overrides: of the training, and of the teacher's; {seed} stands for the seed.
+        evaluate: overrides of the evaluation; {data} stands for VISION_TASKS_DATA, {seed} as above.
+        needs: further files below VISION_TASKS_DATA without which the row is skipped.
         note: for the report.
     """
 
     name: str = MISSING
     experiment: str = MISSING
-    metric: str = "lfr_mAP"
+    metric: str = MISSING
     expected: float | None = None
     tolerance: float = MISSING
     source: str = MISSING
     root: str | None = None
-    splits: int | None = None
+    teacher: str | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
     overrides: list[str] = field(default_factory=list)
     evaluate: list[str] = field(default_factory=list)
-    init: str | None = None
+    needs: list[str] = field(default_factory=list)
     note: str = ""
 
 
@@ -82,7 +85,7 @@ class AccuracyConfig:
     rows: list[str] | None = None  # names; all when null
     expected: str | None = None  # another file of rows
     allow_empty: bool = False  # exit with 0 although no row ran
-    nproc: int = 1  # training processes on this machine
+    nproc: int = 1  # processes on this machine
     overrides: list[str] = field(default_factory=list)  # added to every training
 
 
@@ -91,7 +94,7 @@ ConfigStore.instance().store("lfr_accuracy_schema", AccuracyConfig)
 
 @dataclass
 class Outcome:
-    """What became of a row; `values` has one entry for each split and seed, in percent."""
+    """What became of a row; `values` has one entry for each seed, in percent."""
 
     name: str
     metric: str
@@ -101,29 +104,11 @@ class Outcome:
     status: str  # passed | off | no expected value | failed | skipped
     reason: str = ""
     note: str = ""
-    init: str | None = None
     values: list[float] = field(default_factory=list)
     measured: float | None = None
     spread: float | None = None  # sample standard deviation of the values
     runs: list[str] = field(default_factory=list)
     seconds: float = 0.0
-
-
-class Repeat(NamedTuple):
-    """One training of a row."""
-
-    seed: int
-    split: int | None = None
-
-    @property
-    def name(self) -> str:
-        """Of its run folder."""
-        return f"seed{self.seed}" + ("" if self.split is None else f"-split{self.split}")
-
-    def words(self, common: Sequence[str]) -> list[str]:
-        """All overrides of this training."""
-        own = [f"seed={self.seed}"] + ([] if self.split is None else [f"data.split={self.split}"])
-        return [*(word.replace("{seed}", str(self.seed)) for word in common), *own]
 
 
 class _RunError(RuntimeError):
@@ -186,40 +171,75 @@ def choose(rows: Sequence[Expected], names: Sequence[str] | None) -> list[Expect
 def run_row(entry: Expected, cfg: AccuracyConfig) -> Outcome:
     """Train, evaluate, average and judge one row; a row without its data is skipped."""
     base = Path(os.environ.get("VISION_TASKS_DATA") or "data")
-    init = base / entry.init if entry.init and (base / entry.init).is_file() else None
     outcome = Outcome(
         entry.name, entry.metric, entry.expected, entry.tolerance, entry.source, "skipped",
-        note=entry.note, init=str(init) if init else None,
+        note=entry.note,
     )  # fmt: skip
-    root = base / entry.root if entry.root else None
-    if root is not None and not (root.is_dir() and any(root.iterdir())):
-        outcome.reason = f"no data in {root}"
+    absent = next((path for path in needed(entry, base) if not _present(path)), None)
+    if absent is not None:
+        outcome.reason = f"no data in {absent}"
         return outcome
     start = time.perf_counter()
-    common = [*entry.overrides, *cfg.overrides]
-    common += [f"data.root={root}"] if root else []
-    common += [f"init={init}"] if init else []
     try:
-        for repeat in repeats(entry):
-            folder = run_folder(Path(cfg.out), entry.experiment, common) / repeat.name
-            outcome.runs.append(str(folder))
-            value = run_once(entry, repeat.words(common), folder, cfg.nproc)
-            outcome.values.append(100 * value)
+        for seed in entry.seeds:
+            run = Run.of(entry, seed, cfg, base)
+            outcome.runs.append(str(run.folder))
+            outcome.values.append(100 * run_once(entry, run, cfg.nproc))
     except _RunError as error:
         outcome.status, outcome.reason = "failed", str(error)
     else:
         judge(outcome)
     outcome.seconds = round(time.perf_counter() - start, 1)
-    if entry.init and init is None:
-        scratch = f"from scratch: no {base / entry.init}"
-        outcome.reason = "; ".join(filter(None, [outcome.reason, scratch]))
     return outcome
 
 
-def repeats(entry: Expected) -> list[Repeat]:
-    """Every seed with every split."""
-    splits = range(1, entry.splits + 1) if entry.splits else (None,)
-    return [Repeat(seed, split) for seed in entry.seeds for split in splits]
+def needed(entry: Expected, base: Path) -> Iterator[Path]:
+    """Files and folders that a row reads: of the training, of the evaluation, and `needs`."""
+    if entry.root is not None:
+        yield base / entry.root
+    for word in entry.evaluate:
+        _, found, path = word.partition("{data}/")
+        if found:
+            yield base / path
+    yield from (base / path for path in entry.needs)
+
+
+def _present(path: Path) -> bool:
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed of a row.
+
+    Args:
+        folder: of the training.
+        words: its overrides.
+        evaluate: overrides of the evaluation.
+        teacher: folder of the teacher's training, which has the same overrides.
+    """
+
+    folder: Path
+    words: list[str]
+    evaluate: list[str]
+    teacher: Path | None = None
+
+    @staticmethod
+    def of(entry: Expected, seed: int, cfg: AccuracyConfig, base: Path) -> Run:
+        """The run of a seed, with what the row and the command line say."""
+        common = [*entry.overrides, *cfg.overrides]
+        common += [f"data.root={base / entry.root}"] if entry.root else []
+        words = [*(word.replace("{seed}", str(seed)) for word in common), f"seed={seed}"]
+        spoken = [
+            word.replace("{seed}", str(seed)).replace("{data}", str(base))
+            for word in entry.evaluate
+        ]
+        out, name = Path(cfg.out), f"seed{seed}"
+        if entry.teacher is None:
+            return Run(run_folder(out, entry.experiment, common) / name, words, spoken)
+        teacher = run_folder(out, entry.teacher, common) / name
+        folder = run_folder(out, entry.experiment, [f"teacher={entry.teacher}", *common]) / name
+        return Run(folder, words, spoken, teacher)
 
 
 def run_folder(out: Path, experiment: str, overrides: Sequence[str]) -> Path:
@@ -228,25 +248,41 @@ def run_folder(out: Path, experiment: str, overrides: Sequence[str]) -> Path:
     return out / "runs" / f"{experiment}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def run_once(entry: Expected, overrides: Sequence[str], folder: Path, nproc: int) -> float:
-    """Train into `folder` and evaluate from there; returns the metric as a fraction."""
-    words = [f"experiment={entry.experiment}", *overrides, f"run_dir={folder}"]
-    python = [sys.executable, "-m"]
-    if nproc > 1:
-        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m"]
-        _call([*python, *launcher, "face_lfr.train", *words])
-    else:
-        _call([*python, "face_lfr.train", *words])
-    out = folder / "evaluation"
-    where = [f"run_dir={folder}", f"out={out}"]
-    _call([*python, "face_lfr.evaluate", *where, *entry.evaluate])
+def run_once(entry: Expected, run: Run, nproc: int) -> float:
+    """Train into the run's folder and evaluate from there; returns the metric as a fraction."""
+    source, words = [f"run_dir={run.folder}"], list(run.words)
+    if run.teacher is not None and entry.teacher is not None:
+        train(entry.teacher, words, run.teacher, nproc)
+        source = [f"run_dir={run.teacher}", f"quality={run.folder}"]
+        words.append(f"teacher={run.teacher}")
+    train(entry.experiment, words, run.folder, nproc)
+    # A folder for each row: rows that share a training are evaluated in different ways.
+    out = run.folder / "evaluation" / entry.name.replace("/", "-")
+    _call([*_python(nproc), "face_lfr.evaluate", *source, f"out={out}", *run.evaluate])
     found = json.loads((out / "metrics.json").read_text())
-    steps = OmegaConf.load(folder / "config.yaml").total_steps
-    if found["step"] < steps:
-        raise _RunError(f"{folder} stopped at step {found['step']} of {steps}; start again")
     if entry.metric not in found:
         raise _RunError(f"{out / 'metrics.json'} has no metric {entry.metric}")
     return float(found[entry.metric])
+
+
+def train(experiment: str, words: Sequence[str], folder: Path, nproc: int) -> None:
+    """Train, or continue, or find that all is done.
+
+    Raises:
+        _RunError: the training failed, or was stopped before its last step.
+    """
+    own = [f"experiment={experiment}", *words, f"run_dir={folder}"]
+    _call([*_python(nproc), "face_lfr.train", *own])
+    checkpoint = newest(folder / "checkpoints")
+    step = int(checkpoint.name.removeprefix("step_")) if checkpoint else 0
+    steps = OmegaConf.load(folder / "config.yaml").total_steps
+    if step < steps:
+        raise _RunError(f"{folder} stopped at step {step} of {steps}; start again")
+
+
+def _python(nproc: int) -> list[str]:
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m"]
+    return [sys.executable, "-m", *(launcher if nproc > 1 else [])]
 
 
 def _call(command: list[str]) -> None:
@@ -259,7 +295,8 @@ def _call(command: list[str]) -> None:
             sys.stderr.write(line)
             last = line.strip() or last
     if process.returncode:
-        raise _RunError(f"{command[2]} ended with {process.returncode}: {last}")
+        module = next(word for word in command if word.startswith("face_lfr."))
+        raise _RunError(f"{module} ended with {process.returncode}: {last}")
 
 
 def judge(outcome: Outcome) -> None:

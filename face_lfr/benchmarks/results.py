@@ -56,6 +56,26 @@ def measure(ours: Callable[[], Any], peer: Callable[[], Any], repeats: int) -> R
     return {"ours_ms": middle["ours"], "peer_ms": middle["peer"], "ratio": ratio} | note
 
 
+def measured(
+    name: str,
+    shape: str,
+    peer: str,
+    timed: Mapping[str, Any],
+    difference: float | None,
+    *notes: str,
+) -> Row:
+    """A row of what `measure` returned; its note comes after the others."""
+    note = "; ".join(filter(None, [*notes, timed.get("note", "")]))
+    found = row(name, shape, peer) | dict(timed) | {"max_abs_diff": difference}
+    return found | ({"note": note} if note else {})
+
+
+def rates(timed: Mapping[str, Any], count: int, unit: str) -> str:
+    """How many of `count` things a call each side does in a second."""
+    ours, peer = (f"{1e3 * count / timed[f'{side}_ms']:.3g}" for side in ("ours", "peer"))
+    return f"{ours} against {peer} {unit}/s"
+
+
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

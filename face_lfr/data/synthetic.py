@@ -78,7 +78,7 @@ class Settings:
     videos: int = 4
     frames: int = 5
     degraded: float = 0.5
-    least_level: float = 0.3
+    least_level: float = 0.5
     fold_pairs: int = 30
     strength: float = 1.0
 

@@ -68,14 +68,14 @@ def _joined(part: Tensor, world: World | None) -> Tensor:
 
 def _above(score_P: Tensor, limit: float) -> Tensor:
     """Positions of the scores above a limit; NumPy finds them several times faster on a CPU."""
-    if score_P.is_cuda:
+    if score_P.device.type != "cpu":
         return (score_P > limit).nonzero().flatten()
     return torch.from_numpy(np.flatnonzero(score_P.numpy() > limit))
 
 
 def _split(score_P: Tensor, low: float, high: float) -> tuple[int, Tensor]:
     """How many scores lie above `high`, and the positions of those from `low` to `high`."""
-    if score_P.is_cuda:
+    if score_P.device.type != "cpu":
         over_P = score_P > high
         return int(over_P.sum()), ((score_P >= low) ^ over_P).nonzero().flatten()
     score = score_P.numpy()

@@ -46,7 +46,9 @@ def settle(model: nn.Module, size: int) -> None:
     model.train()
     with torch.no_grad():
         for _ in range(6):  # a block that PolyFace leaves out does not count
-            model(torch.rand(32, 3, 1, 1) * torch.randn(32, 3, size, size) + torch.randn(32, 3, 1, 1))
+            model(
+                torch.rand(32, 3, 1, 1) * torch.randn(32, 3, size, size) + torch.randn(32, 3, 1, 1)
+            )
     model.eval()
 
 

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from common.log import InputError
+from face_lfr.aggregate import aggregate
 from face_lfr.benchmarks import __main__ as suite
-from face_lfr.benchmarks import bench_infer, bench_train, results
+from face_lfr.benchmarks import bench_video, results
 from face_lfr.benchmarks.__main__ import BenchConfig, plan
-from face_lfr.benchmarks.bench_infer import Forward, infer_rows, views_row, volume_row
-from face_lfr.benchmarks.bench_train import Step, Work, compare_steps, train_rows
+from face_lfr.benchmarks.bench_video import Frames, dict_loop, frames_of, video_rows
 from face_lfr.benchmarks.compare import better, compare, stored, table
-from face_lfr.benchmarks.networks import SAME, Variant, gmac, recogniser, twins, variants
-from face_lfr.benchmarks.notes import measured, rates
-from face_lfr.benchmarks.results import Row, row
-from face_lfr.models.r2plus1d import R2Plus1D
+from face_lfr.benchmarks.peer_video import aggregate_dict, aggregate_index_add, stacked
+from face_lfr.benchmarks.results import Row, measured, rates, row
 from face_lfr.tests.launch import command
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-SMALL = Work(clips=2, size=32, depth=18, frames=4)
 FIELDS = {"name", "shape", "ours_ms", "peer", "peer_ms", "ratio", "max_abs_diff"}
 
 
@@ -72,9 +72,9 @@ def test_other_versions_are_named() -> None:
 
 
 def test_what_works_on_one_thread_is_measured_once() -> None:
-    groups = ["interlace", "metrics", "train", "read", "loader"]
-    assert plan(groups, [1, 0], 4) == {1: groups, 4: ["interlace", "train", "loader"]}
-    assert plan(["read"], [2, 1], 4) == {2: ["read"]}
+    groups = ["margin", "records", "loader", "infer"]
+    assert plan(groups, [1, 0], 4) == {1: groups, 4: ["margin", "loader", "infer"]}
+    assert plan(["records"], [2, 1], 4) == {2: ["records"]}
     assert plan(groups, [1, 0], 1) == {1: groups}
 
 
@@ -101,31 +101,57 @@ def test_the_command_line_refuses_them_as_well() -> None:
     assert ended.err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("changes", "cuda", "repeats", "full"),
-    [
-        ({}, False, 5, False),
-        ({"quick": True}, False, 2, False),
-        ({"full": True}, False, 5, True),
-        ({}, True, 5, True),
-        ({"quick": True}, True, 2, False),
-        ({"full": False}, True, 5, False),
-        ({"quick": True, "repeats": 1}, False, 1, False),
-    ],
-)
-def test_what_the_operators_are_asked_for(
-    changes: dict, cuda: bool, repeats: int, full: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[suite.OperatorSizes] = []
+ASKED = {
+    "pairs": "pair_rows", "margin": "margin_rows", "records": "read_rows",
+    "loader": "loader_rows", "train": "train_rows", "infer": "infer_rows", "video": "video_rows",
+}  # fmt: skip
 
-    def rows(sizes: suite.OperatorSizes) -> Iterator[Row]:
-        seen.append(sizes)
+
+def asked(
+    monkeypatch: pytest.MonkeyPatch, cfg: BenchConfig, group: str, cuda: bool = False
+) -> dict[str, Any]:
+    """What a group's function is called with, by name."""
+    name = ASKED[group]
+    signature = inspect.signature(getattr(suite, name))
+    seen: list[dict[str, Any]] = []
+
+    def rows(*args: Any, **named: Any) -> Iterator[Row]:
+        seen.append(dict(signature.bind(*args, **named).arguments))
         yield timed("a", 1.0)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(suite.bench_ops, "interlace_rows", rows)
-    assert len(list(suite._rows(BenchConfig(seed=7, **changes), "interlace"))) == 1
-    assert seen == [suite.OperatorSizes(repeats, full, 7)]
+    monkeypatch.setattr(suite, name, rows)
+    assert len(list(suite._rows(cfg, group))) == 1
+    return seen[0]
+
+
+@pytest.mark.parametrize("group", suite.GROUPS)
+def test_every_group_gets_the_settings(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = asked(monkeypatch, BenchConfig(seed=7, quick=True, repeats=4), group)
+    networks = group in ("train", "infer")
+    assert (found["quick"], found["seed"]) == (True, 7)
+    assert found["repeats"] == (4 if networks else suite.QUICK_REPEATS)
+    assert found.get("device", torch.device("cpu")) == torch.device("cpu")
+    assert found.get("compile", False) is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "cuda", "full"),
+    [
+        ({}, False, False),
+        ({}, True, True),
+        ({"full": True}, False, True),
+        ({"full": False}, True, False),
+        ({"quick": True}, True, False),
+    ],
+)
+def test_the_largest_network_is_for_cuda_or_who_asks_for_it(
+    changes: dict, cuda: bool, full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = asked(monkeypatch, BenchConfig(compile=True, **changes), "infer", cuda)
+    assert found["full"] is full
+    assert found["device"].type == ("cuda" if cuda else "cpu")
+    assert found["compile"] is True
 
 
 def test_the_better_of_two_measurements_is_kept() -> None:
@@ -160,213 +186,92 @@ def test_a_worse_run_fails_and_leaves_the_stored_results(
 
 def test_remarks_are_joined_and_the_clock_speaks_last() -> None:
     times = {"ours_ms": 50.0, "peer_ms": 200.0, "ratio": 4.0, "note": "peer timed once"}
-    found = measured("a", "1x2", "loop", times, 0.5, rates(times, 2, "clips"), "", "mine")
+    found = measured("a", "1x2", "loop", times, 0.5, rates(times, 2, "images"), "", "mine")
     assert FIELDS <= set(found)
-    assert found["note"] == "40 against 10 clips/s; mine; peer timed once"
+    assert found["note"] == "40 against 10 images/s; mine; peer timed once"
     assert (found["ratio"], found["max_abs_diff"], found["peer"]) == (4.0, 0.5, "loop")
     assert times["note"] == "peer timed once"
     assert "note" not in measured("a", "1", "loop", {"ours_ms": 1.0}, None)
 
 
-def test_variants_of_a_device() -> None:
-    half = Variant("bfloat16", channels_last=True)
-    assert variants(CUDA) == [Variant(), half, half._replace(compiled=True)]
-    assert variants(CPU) == [Variant(), Variant(channels_last=True)]
-    assert variants(CPU, quick=True) == [Variant()]
-    assert variants(CPU, compile=True)[-1] == Variant(channels_last=True, compiled=True)
-    assert half._replace(compiled=True).label == "bfloat16 channels_last, compiled"
+# One frame, two with usual and with negative qualities, three, constant ones, and many.
+QUALITIES = [[-2.0], [3.0, 1.0], [-1.0, 2.0], [0.0, 0.0], [5.0, -3.0, 1.0], [2.0] * 4, [*range(9)]]
 
 
-@pytest.mark.parametrize("kind", ["TSN", "TSM", "TIN"])
-def test_every_kind_has_the_same_backbone_and_classifier(kind: str) -> None:
-    plain = recogniser("TSN", 18, 4, seed=3).state_dict()
-    state = {
-        name.replace("conv1.conv.", "conv1."): tensor
-        for name, tensor in recogniser(kind, 18, 4, seed=3).state_dict().items()
-        if ".temporal." not in name
-    }
-    assert state.keys() == plain.keys()
-    assert all(torch.equal(state[name], plain[name]) for name in plain)
-    other = recogniser(kind, 18, 4, seed=4).state_dict()
-    assert not torch.equal(other["head.weight"], plain["head.weight"])
+def ragged() -> Frames:
+    """Videos that meet every rule of QAN++."""
+    counts = torch.tensor([len(quality_T) for quality_T in QUALITIES])
+    video_N = torch.arange(len(counts)).repeat_interleave(counts)
+    quality_N = torch.tensor([float(q) for quality_T in QUALITIES for q in quality_T])
+    generator = torch.Generator().manual_seed(0)
+    return Frames(torch.randn(len(video_N), 5, generator=generator), video_N, quality_N)
 
 
-def test_a_tin_has_learned_offsets_unless_it_stands_in_for_another() -> None:
-    def extra(**options: object) -> int:
-        net = recogniser("TIN", 18, 4, **options)
-        return sum(x.numel() for name, x in net.named_parameters() if ".temporal." in name)
-
-    assert extra() > 0
-    assert extra(**SAME["TSN"]) == extra(**SAME["TSM"]) == 0
-
-
-@pytest.mark.parametrize("kind", ["TIN", "TSM"])
-@pytest.mark.parametrize("variant", [Variant(channels_last=True), Variant("bfloat16")])
-def test_twins_take_the_same_step(kind: str, variant: Variant) -> None:
-    name, peer, fixed = twins(kind, 18, SMALL.frames, 0)
-    assert name == ("TSM" if kind == "TSM" else "TSN")
-    difference, gap = compare_steps(name, fixed, peer, SMALL, variant, CPU)
-    assert difference <= 1e-4
-    assert gap <= 1e-5
+def one_by_one(frames: Frames) -> Tensor:
+    """The vectors (V, D), written out: min-max above two frames, the mean where that is nothing."""
+    found = []
+    for video in range(len(QUALITIES)):
+        feature_TD = frames.feature_ND[frames.video_N == video].double()
+        quality_T = frames.quality_N[frames.video_N == video].double()
+        if len(quality_T) > 2:
+            quality_T = quality_T - quality_T.min()
+        if (quality_T < 0).any() or quality_T.sum() == 0:
+            quality_T = torch.ones_like(quality_T)
+        found.append((quality_T[:, None] * feature_TD).sum(dim=0) / quality_T.sum())
+    return torch.stack(found)
 
 
-@pytest.mark.parametrize(("ours", "peer"), [("TIN", "TSN"), ("TSM", "TSN"), ("TIN", "TSM")])
-def test_networks_that_compute_something_else_are_refused(ours: str, peer: str) -> None:
-    nets = (recogniser(kind, 18, SMALL.frames) for kind in (ours, peer))
-    with pytest.raises(RuntimeError, match="a pair: losses differ"):
-        compare_steps("a pair", *nets, SMALL, Variant(), CPU)
+@pytest.mark.parametrize("peer", ["dictionary", "index_add_"])
+def test_the_peers_of_aggregation_are_qanpp(peer: str) -> None:
+    frames = ragged()
+    found = dict_loop(frames)() if peer == "dictionary" else aggregate_index_add(*frames)
+    torch.testing.assert_close(found.double(), one_by_one(frames), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        aggregate(*frames, "qanpp").vector_VD.double(), one_by_one(frames), rtol=0, atol=1e-6
+    )
 
 
-def test_networks_of_one_loss_and_another_gradient_are_refused() -> None:
-    ours, peer = (recogniser("TSN", 18, SMALL.frames) for _ in range(2))
-    ours.head.weight.register_hook(lambda grad: 2 * grad)
-    with pytest.raises(RuntimeError, match=r"losses differ by 0\.0, gradients by 0\."):
-        compare_steps("a pair", ours, peer, SMALL, Variant(), CPU)
-    ours, peer = (recogniser("TSN", 18, SMALL.frames) for _ in range(2))
-    peer.head.bias.requires_grad_(False)
-    with pytest.raises(RuntimeError, match=r"a pair: other parameters, \['head.bias'\]"):
-        compare_steps("a pair", ours, peer, SMALL, Variant(), CPU)
+def test_the_dictionary_keeps_the_order_of_the_videos() -> None:
+    feature_ND = np.arange(8.0).reshape(4, 2)
+    found = aggregate_dict(["b", "a", "b", "a"], feature_ND, np.array([1.0, 1.0, 1.0, 3.0]))
+    assert list(found) == ["b", "a"]
+    assert stacked(found).tolist() == [[2.0, 3.0], [5.0, 6.0]]
 
 
-def test_steps_train() -> None:
-    step = Step(recogniser("TIN", 18, SMALL.frames), SMALL.item(CPU), Variant(), CPU)
-    losses = [float(step()) for _ in range(4)]
-    assert losses[-1] < losses[0]
-    assert all("temporal" not in name for name in step.gradient())
-    grads = [x.grad for name, x in step.net.named_parameters() if ".temporal." in name]
-    assert all(grad is not None for grad in grads)
-    assert any(grad.abs().max() > 0 for grad in grads if grad is not None)
-    assert SMALL.item(CPU).target.sum(dim=1).tolist() == [2.0, 2.0]
+def test_video_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_video, "QUICK_VIDEOS", 20)
+    found = list(video_rows(1, quick=True))
+    assert [entry["peer"] for entry in found] == ["dictionary of videos, NumPy", "index_add_"]
+    assert all(FIELDS <= set(entry) for entry in found)
+    assert all(entry["max_abs_diff"] <= 1e-5 for entry in found)
+    assert found[0]["shape"].startswith("20 videos, ")
+    assert found[0]["note"].endswith("videos/s")
 
 
-def test_a_step_takes_another_item() -> None:
-    step = Step(recogniser("TSN", 18, SMALL.frames), SMALL.item(CPU), Variant(), CPU)
-    step.optimizer.param_groups[0]["lr"] = 0.0
-    first, other = SMALL.item(CPU), SMALL._replace(seed=1).item(CPU)
-    assert float(step(first)) == float(step())
-    assert float(step(other)) != float(step())
+def test_videos_have_every_length() -> None:
+    frames = frames_of(200, 0, longest=6, width=2)
+    assert set(frames.video_N.bincount().tolist()) == {1, 2, 3, 4, 5, 6}
+    assert not torch.equal(frames.feature_ND, frames_of(200, 1, longest=6, width=2).feature_ND)
 
 
-@pytest.mark.parametrize("kind", ["TIN", "TSM"])
-def test_a_training_row(kind: str) -> None:
-    found = bench_train.tsn_row(kind, SMALL, Variant(), 1, CPU)
-    assert FIELDS <= set(found)
-    assert (found["name"], found["peer"]) == (f"train step, {kind}-R18", "TSN-R18")
-    assert found["shape"] == "2 x 4 frames of 32x32, float32 contiguous"
-    assert found["max_abs_diff"] <= 1e-4
-    assert found["ratio"] == pytest.approx(found["peer_ms"] / found["ours_ms"])
-    assert f"{1 / found['ratio']:.3f} times the step of the TSN" in found["note"]
-    assert ("wanted 1.15" in found["note"]) is (kind == "TIN")
-
-
-def test_training_rows_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def fake(kind: str, work: Work, variant: Variant, repeats: int, device: torch.device) -> Row:
-        seen.append((kind, work.size, variant, repeats))
-        return timed("step", 1.0)
-
-    monkeypatch.setattr(bench_train, "tsn_row", fake)
-    assert len(list(train_rows(3, CPU, quick=True))) == 2
-    assert seen == [("TIN", 112, Variant(), 3), ("TSM", 112, Variant(), 3)]
-    seen.clear()
-    assert len(list(train_rows(3, CPU))) == 4
-    assert {size for _, size, _, _ in seen} == {224}
-
-
-@pytest.mark.parametrize("rows", [train_rows, infer_rows])
-def test_a_missing_compiler_is_told(rows: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = bench_train if rows is train_rows else bench_infer
-    for name in ("tsn_row", "compiled_row", "volume_row", "views_row"):
-        monkeypatch.setattr(module, name, lambda *_: timed("a", 1.0), raising=False)
-    monkeypatch.setattr(module, "no_compiler", lambda: "no compiler")
-    found = [entry for entry in rows(1, CPU, compile=True) if "note" in entry]  # type: ignore[operator]
-    assert [entry["note"] for entry in found] == ["not measured: no compiler"]
-    assert "compiled" in found[0]["shape"]
-    assert found[0]["ours_ms"] is None
-
-
-def test_inference_rows() -> None:
-    work = bench_infer.Work(2, 4, 32)
-    found = bench_infer.tsn_row(18, work, Variant(channels_last=True), 1, CPU)
-    assert FIELDS <= set(found)
-    assert found["shape"] == "2 x 4 frames of 32x32, float32 channels_last"
-    assert found["max_abs_diff"] <= 1e-4
-    assert found["note"].endswith("videos/s")
-
-
-def test_another_network_is_compared_by_its_multiplications() -> None:
-    work, other = bench_infer.Work(1, 4, 32), bench_infer.Work(1, 8, 32)
-    net = R2Plus1D(5, 10, max_pool=False)
-    found = volume_row("R(2+1)D-10", net, work, other, Variant(channels_last=True), 1, CPU)
-    cost = gmac(net, work.x())
-    assert f"ours {cost:.1f} GMAC a clip" in found["note"]
-    assert found["max_abs_diff"] is None
-    from torchvision.models.video import r2plus1d_18
-
-    theirs = gmac(r2plus1d_18(weights=None), other.x().transpose(1, 2))
-    wanted = (found["peer_ms"] / theirs) / (found["ours_ms"] / cost)
-    assert found["ratio"] == pytest.approx(wanted)
-
-
-def test_macs_of_the_networks_that_are_compared() -> None:
-    x = torch.zeros(1, 8, 3, 64, 64)
-    tsn, tin = (gmac(recogniser(kind, 50), x) for kind in ("TSN", "TIN"))
-    assert tin == pytest.approx(tsn, rel=1e-3)
-    assert tsn * (224 / 64) ** 2 == pytest.approx(32.8, rel=0.02)
-
-
-def test_gmac_leaves_the_mode_of_the_network() -> None:
-    net = recogniser("TSN", 18, 2)
-    gmac(net, torch.zeros(1, 2, 3, 32, 32))
-    assert net.training
-
-
-@pytest.mark.slow
-def test_thirty_views_are_the_mean_of_single_ones() -> None:
-    found = views_row(18, 32, 1, CPU, 0)
-    assert found["max_abs_diff"] <= 1e-4
-    assert found["shape"].startswith("3 crops x 10 clips x 8 frames of 32x32")
-    assert "reading included" in found["note"]
-
-
-def test_scores_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_infer, "CROPS", 1)
-    monkeypatch.setattr(bench_infer, "CLIPS", 1)
-    monkeypatch.setattr(bench_infer, "scores_by_view", lambda *_: torch.zeros(1, 313))
-    with pytest.raises(RuntimeError, match="30 views: results differ by"):
-        views_row(18, 32, 1, CPU, 0)
-
-
-def test_a_forward_pass_has_no_graph_and_float32_logits() -> None:
-    x = torch.zeros(1, 4, 3, 32, 32)
-    found = Forward(recogniser("TIN", 18, 4), x, Variant("bfloat16"), CPU)()
-    assert found.shape == (1, 313)
-    assert found.dtype == torch.float32
-    assert not found.requires_grad
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kind", ["TIN", "TSM"])
-def test_a_training_row_on_cuda(kind: str) -> None:
-    half = Variant("bfloat16", channels_last=True)
-    found = bench_train.tsn_row(kind, SMALL, half, 1, CUDA)
-    assert found["ours_mib"] > 0
-    assert found["peer_mib"] > 0
+def test_other_vectors_are_refused() -> None:
+    frames = ragged()
+    with pytest.raises(RuntimeError, match="vectors differ from those of a mean by"):
+        mean_VD = aggregate(*frames, "mean_raw").vector_VD
+        bench_video.compare("a mean", lambda: mean_VD, frames, 1)
 
 
 @pytest.mark.slow
 def test_a_small_run_writes_the_contract_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(suite.bench_ops, "SHAPES", ((64, 4), (256, 4), (128, 2)))
-    words = [f"out={tmp_path}", "groups=[interlace,shift]", "threads=[1]", "repeats=1"]
+    monkeypatch.setattr(bench_video, "VIDEOS", 20)
+    words = [f"out={tmp_path}", "groups=[video]", "threads=[1]", "repeats=1"]
     ended = command("face_lfr.benchmarks", *words)
     assert ended.code == 0, ended.err
     path = tmp_path / f"{results.slug(results.hardware(1))}.json"
     found = json.loads(path.read_text())
     assert set(found) == {"hardware", "versions", "rows"}
-    assert found["rows"]
+    assert len(found["rows"]) == 2
     assert all(FIELDS <= set(entry) for entry in found["rows"])
     assert path.with_suffix(".md").is_file()

@@ -11,9 +11,10 @@ from face_lfr.clusters import LINKAGES, average_linkage, connected, similarity_t
 def cosines(count: int, seed: int, width: int = 6) -> np.ndarray:
     """Cosines of random unit vectors around a few directions."""
     rng = np.random.default_rng(seed)
-    vector_ND = rng.normal(size=(count, width)) + 2 * rng.normal(size=(5, width))[
-        rng.integers(5, size=count)
-    ]
+    vector_ND = (
+        rng.normal(size=(count, width))
+        + 2 * rng.normal(size=(5, width))[rng.integers(5, size=count)]
+    )
     vector_ND /= np.linalg.norm(vector_ND, axis=1, keepdims=True)
     similarity_NN = vector_ND @ vector_ND.T
     return (similarity_NN + similarity_NN.T) / 2
@@ -160,9 +161,7 @@ def test_few_pictures_and_the_input_stays(rule: str) -> None:
         (np.array([[1.0, 0.2], [0.3, 1.0]]), 0.5, "not symmetric"),
     ],
 )
-def test_what_is_refused(
-    rule: str, similarity: np.ndarray, threshold: float, message: str
-) -> None:
+def test_what_is_refused(rule: str, similarity: np.ndarray, threshold: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LINKAGES[rule](similarity, threshold)
 

@@ -40,7 +40,9 @@ def composed(words: tuple[str, ...]) -> DictConfig:
 def resolved(words: tuple[str, ...]) -> DictConfig:
     """The nodes of a row, each as it is built."""
     cfg = OmegaConf.create(OmegaConf.to_container(composed(words), resolve=False))
-    plain = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [*GROUPS, "seed", "frozen_steps"]), resolve=True)
+    plain = OmegaConf.to_container(
+        OmegaConf.masked_copy(cfg, [*GROUPS, "seed", "frozen_steps"]), resolve=True
+    )
     return OmegaConf.create(plain)
 
 
@@ -89,7 +91,9 @@ def test_the_header_says_how_to_run_it(name: str) -> None:
     header = [line for line in lines[:6] if line.startswith("#")]
     assert header[0] == "# @package _global_"
     (command,) = [line for line in header if "make train-lfr" in line]
-    assert re.search(rf'ARGS="experiment={re.escape(name)}( data.root=DIR)?( teacher=RUN)?"', command)
+    assert re.search(
+        rf'ARGS="experiment={re.escape(name)}( data.root=DIR)?( teacher=RUN)?"', command
+    )
     assert len(header) >= 3  # what the row is comes first
 
 
