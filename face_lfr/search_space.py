@@ -122,14 +122,14 @@ def fitting(space: Space, budget_gflops: float, fit: Sequence[float]) -> Fitting
                 group.append(Candidate((a, b, c), size, features, width, int(cost_N[row])))
     ends.sort(key=lambda candidate: candidate.operations)
     if not found:
-        what = f"no network costs {fit[0]:.0%} to {fit[1]:.0%} of it ({_ends(ends)}), in GFLOPs"
+        what = f"no network costs {fit[0]:.0%} to {fit[1]:.0%} of it ({_ends(ends)})"
         raise InputError("budget_gflops", what, f"{budget_gflops:g}")
     total = len(blocks_N3) * len(ends) // 2
     return Fitting(found, ends[0], ends[-1], total)
 
 
 def _ends(ends: Sequence[Candidate]) -> str:
-    cheapest, dearest = (f"{end.name} with {end.gflops:.4g}" for end in (ends[0], ends[-1]))
+    cheapest, dearest = (f"{end.name} with {end.gflops:.4g} G" for end in (ends[0], ends[-1]))
     return f"cheapest {cheapest}, dearest {dearest}"
 
 

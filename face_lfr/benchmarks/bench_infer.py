@@ -199,5 +199,7 @@ def limit(variant: Variant, device: torch.device) -> float:
 def speeds(work: Work, timed: Mapping[str, Any], gflops: Mapping[str, float]) -> str:
     """What an image costs, and what each side did of it in a second."""
     done = {side: 1e3 * work.images * cost / timed[f"{side}_ms"] for side, cost in gflops.items()}
-    texts = (f"{side} {gflops[side]:.4g} GFLOPs an image, {done[side]:.3g} GFLOP/s" for side in done)
+    texts = (
+        f"{side} {gflops[side]:.4g} GFLOPs an image, {done[side]:.3g} GFLOP/s" for side in done
+    )
     return ", ".join(texts)

@@ -177,7 +177,10 @@ def context_row(work: Work, variant: Variant, repeats: int, device: torch.device
     from torchvision.models import resnet50
 
     net, other = work.net(), resnet50(weights=None, num_classes=FEATURES)
-    cost = {"ours": count(net, work.size, "mac") / 1e9, "peer": count(other, work.size, "mac") / 1e9}
+    cost = {
+        "ours": count(net, work.size, "mac") / 1e9,
+        "peer": count(other, work.size, "mac") / 1e9,
+    }
     ours, peer = (Step(side, work, variant, device) for side in (net, other))
     timed = measure_steps(ours, peer, repeats, device)
     spent = {side: timed[f"{side}_ms"] / work.images / cost[side] for side in cost}

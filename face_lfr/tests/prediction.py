@@ -1,4 +1,4 @@
-"""What the tests of `predict` share: drawn faces, a call that checks its files, features by hand."""
+"""What the tests of `predict` share: drawn faces, a call that checks files, features by hand."""
 
 import json
 from pathlib import Path

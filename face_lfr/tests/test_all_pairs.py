@@ -20,6 +20,7 @@ from face_lfr.ops.pair_scores import (
     EXCLUDED,
     UNIT,
     Product,
+    Tile,
     exact_pairs,
     full_precision,
     negative_corners,
@@ -137,6 +138,27 @@ def test_scores_that_float32_cannot_tell_apart() -> None:
             counts = [(negative > end).sum() for end in close]
             assert counts[1] <= point.false_accepts <= counts[0]
             assert point.allowed - point.false_accepts <= counts[0] - counts[1]
+
+
+def test_errors_of_float32_up_to_the_bound_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, product = torch.Generator().manual_seed(0), Product._tile
+
+    def worst(self: Product, row: int, column: int, last: int) -> tuple[Tile, torch.Tensor]:
+        tile, score_RC = product(self, row, column, last)
+        # Most of them up, so that the others fall far below the (k+1)-th largest.
+        sign_RC = (torch.rand(score_RC.shape, generator=generator) < 0.9) * 2 - 1
+        score_RC += sign_RC * 0.8 * self.rows.bound
+        return tile, score_RC
+
+    monkeypatch.setattr(Product, "_tile", worst)
+    rng = np.random.default_rng(0)
+    labels = rng.integers(-1, 60, 300)
+    for noise in (2e-3, 1e-2):
+        features = rng.standard_normal(32) + noise * rng.standard_normal((300, 32))
+        for buffer in (2**20, 50):
+            fprs = [1e-4, 1e-3, 1e-2, 0.2, 0.5]
+            found = all_pairs(features, labels, fprs, tile=64, buffer=buffer)
+            assert_exact(found, *brute_force(features, labels))
 
 
 def test_one_score_for_all_pairs_ends() -> None:

@@ -109,5 +109,5 @@ def test_a_process_of_its_own_reports_its_memory() -> None:
 
 def test_a_process_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_pairs, "MODULE", "no_such_module")
-    with pytest.raises(RuntimeError, match="failed: .*No module named no_such_module"):
+    with pytest.raises(RuntimeError, match=r"failed: .*No module named no_such_module"):
         alone_row(2000, 16, CPU, 0)

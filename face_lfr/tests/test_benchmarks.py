@@ -256,8 +256,8 @@ def test_videos_have_every_length() -> None:
 
 def test_other_vectors_are_refused() -> None:
     frames = ragged()
+    mean_VD = aggregate(*frames, "mean_raw").vector_VD
     with pytest.raises(RuntimeError, match="vectors differ from those of a mean by"):
-        mean_VD = aggregate(*frames, "mean_raw").vector_VD
         bench_video.compare("a mean", lambda: mean_VD, frames, 1)
 
 

@@ -72,8 +72,8 @@ def test_a_budget_nothing_fits_is_refused_with_the_ends_of_the_space(budget: flo
         fitting(SMALL, budget, FIT)
     message = str(caught.value)
     assert message.startswith("budget_gflops: no network costs 93% to 100% of it")
-    assert "cheapest a1b1c1_75px_d16_w0.1 with 0.00479" in message
-    assert "dearest a4b4c4_107px_d64_w0.18 with 0.0409" in message
+    assert "cheapest a1b1c1_75px_d16_w0.1 with 0.004788 G," in message
+    assert "dearest a4b4c4_107px_d64_w0.18 with 0.04094 G)" in message
     assert message.endswith(f": {budget:g}")
 
 
@@ -143,14 +143,18 @@ def test_named_candidates_come_first(candidates: list[Candidate]) -> None:
 
 
 def test_the_pareto_set_is_what_nothing_beats() -> None:
-    assert pareto([(1, 0.5), (2, 0.7), (3, 0.6), (2, 0.6), (1, 0.5)]) == [True, True, False, False, True]
+    assert pareto([(1, 0.5), (2, 0.7), (3, 0.6), (2, 0.6), (1, 0.5)]) == [
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
     assert pareto([(1, 0.5), (2, 0.5)]) == [True, False]
     rng = np.random.default_rng(0)
     points = [(float(x), float(y)) for x, y in rng.integers(0, 8, (40, 2))]
     best_below = [max(y for x, y in points if x < cost) if any(x < cost for x, _ in points) else -1
                   for cost, _ in points]  # fmt: skip
     best_at = [max(y for x, y in points if x == cost) for cost, _ in points]
-    wanted = [
-        score == best_at[i] and score > best_below[i] for i, (_, score) in enumerate(points)
-    ]
+    wanted = [score == best_at[i] and score > best_below[i] for i, (_, score) in enumerate(points)]
     assert pareto(points) == wanted
