@@ -11,7 +11,8 @@ No matrix of all pairs exists at any time. Rates that allow at most `buffer` fal
 pass over the negatives, any number of larger ones together two, and further passes where more than
 `buffer` scores lie closer together than float32 tells apart. Memory beyond the features, for N rows
 of width D, t = tile and b = buffer: 4*N*D bytes for float32 rows, 60*N for places and labels, about
-64*t*t + 100*b for tiles and candidates, and 64 MiB; on every rank.
+64*t*t for tiles, 100*b for candidates and 16*b more for each rate that takes a second pass, and
+64 MiB; on every rank.
 
 The protocol is that of the Lightweight Face Recognition Challenge (deepinsight/insightface,
 challenges/iccv19-lfr): images at 1e-8, videos at 1e-4.
@@ -132,8 +133,8 @@ def all_pairs(
         progress: a bar to show the passes on.
 
     Raises:
-        InputError: features or labels are none (NaN and zero rows, lengths that differ), there is
-            no positive or no negative pair, a rate is not in (0, 1] or less than one negative.
+        InputError: malformed features or labels (a NaN or zero row, lengths that differ), no
+            positive or no negative pair, a rate that is not in (0, 1] or less than one negative.
         ValueError: `pairs`, `tile`, `buffer` or `curve_points` is out of range.
     """
     _check_arguments(pairs, tile, buffer, curve_points)

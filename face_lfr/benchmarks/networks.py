@@ -6,7 +6,8 @@ Letters: B images of a batch, C channels, H W size, D embedding width.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +96,18 @@ class Forward:
         with torch.inference_mode(), autocast(self.device, self.precision):
             feature_BD: Tensor = self.run(self.x)
         return feature_BD.float()
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Convolutions and products of float32 in float32 inside: no TF32 on CUDA."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def agreement(name: str, ours: Call, peer: Call, limit: float) -> float:

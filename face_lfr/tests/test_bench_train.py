@@ -12,7 +12,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from face_lfr.benchmarks import bench_infer, bench_train
 from face_lfr.benchmarks.bench_infer import BASE, DEEPER, QUICK, infer_rows, iresnet_row
 from face_lfr.benchmarks.bench_train import FEATURES, Step, Work, compare_steps, train_rows
-from face_lfr.benchmarks.networks import Forward, Variant, agreement, noise, settled, usual
+from face_lfr.benchmarks.networks import (
+    Forward,
+    Variant,
+    agreement,
+    full_float32,
+    noise,
+    settled,
+    usual,
+)
 from face_lfr.benchmarks.results import Row, row
 from face_lfr.flops import count
 from face_lfr.models.fold import folded, merged
@@ -223,10 +231,18 @@ def test_features_that_differ_are_refused() -> None:
         agreement("nothing", lambda: nothing, lambda: torch.ones(2, 3), 1e-4)
 
 
-def test_limits_follow_the_precision() -> None:
-    assert bench_infer.limit(LAST, CPU) == 1e-4
-    assert bench_infer.limit(LAST, CUDA) == 1e-2
-    assert bench_infer.limit(usual(CUDA), CUDA) == 5e-2
+def test_features_are_compared_in_float32() -> None:
+    net = FACES.polyface()
+    half = usual(CUDA)
+    found = bench_infer.compare("a", FACES, (folded(net), half), (net, half), CPU)
+    assert 0 < found < 1e-4
+    at_half = [bench_infer.forward(FACES, side, half, CPU)() for side in (folded(net), net)]
+    assert (at_half[0] - at_half[1]).abs().max() > 1e-3
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    with full_float32():
+        assert not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == before
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from face_lfr.flops import count
 from face_lfr.metrics import interval
 from face_lfr.search import SearchConfig, search
 from face_lfr.search_report import apart
-from face_lfr.search_runs import Proxy, check_slots, environment_of, quoted, train_proxies
+from face_lfr.search_runs import Proxy, check_slots, environment_of, train_proxies
 from face_lfr.search_score import HeldOut, Score, measure, open_held_out
 from face_lfr.search_space import Space
 from face_lfr.tests.conftest import SIZES
@@ -36,12 +37,12 @@ OURS = "our search, not the paper's"
 
 @pytest.fixture
 def settings(synth: Path, tmp_path: Path) -> SearchConfig:
-    """Four candidates, of which two go on. The row sets an input size for a network of its own."""
+    """Four candidates, of which two go on. The row sets the width of a network of its own."""
     sizes = [f"data.{name}={number}" for name, number in SIZES.items()]
-    row = ["transform=synth_75", "global_batch=8", "draws.cache=false", "model.dropout=0.0"]
+    row = ["global_batch=8", "draws.cache=false", "model.dropout=0.0"]
     return SearchConfig(
         out=str(tmp_path / "out"), budget_gflops=0.006, fit=[0.3, 1.0], space=SPACE, candidates=4,
-        rungs=[2, 5], divide=2, experiment="synth/arcnegface", words=sizes, proxy_words=row,
+        rungs=[2, 5], divide=2, experiment="synth/polyface_nano", words=sizes, proxy_words=row,
         root=str(synth), fpr=0.01, jobs=2,
     )  # fmt: skip
 
@@ -61,10 +62,8 @@ class Fake:
         for proxy in proxies:
             if len(self.trained) == self.stop_at:
                 raise KeyboardInterrupt
-            words = [*proxy.words, f"run_dir={quoted(proxy.run_dir)}", f"steps={proxy.steps}"]
             proxy.run_dir.mkdir(parents=True, exist_ok=True)
-            text = OmegaConf.to_yaml(config("train", *words), resolve=True)
-            (proxy.run_dir / "config.yaml").write_text(text)
+            (proxy.run_dir / "config.yaml").write_text(composed(proxy.words))
             self.trained.append((proxy.name, proxy.steps))
         return {proxy.name: "code 1: it broke" for proxy in proxies if proxy.name in self.broken}
 
@@ -74,6 +73,12 @@ class Fake:
             raise KeyboardInterrupt
         self.scored.append((name, steps))
         return fake_score(name, steps)
+
+
+@cache
+def composed(words: tuple[str, ...]) -> str:
+    """The configuration that a training with these overrides writes down."""
+    return OmegaConf.to_yaml(config("train", *words), resolve=True)
 
 
 def fake_score(name: str, steps: int) -> Score:
@@ -291,7 +296,8 @@ def proxies(folder: Path, *names: str) -> list[Proxy]:
 def test_trainings_run_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each ends only when it sees the other: one after another they would break down."""
     script = (
-        "import pathlib, time; here = pathlib.Path(DIR); (here / 'begun').touch(); start = time.time()\n"
+        "import pathlib, time; here, start = pathlib.Path(DIR), time.time()\n"
+        "(here / 'begun').touch()\n"
         "while len(list(here.parent.glob('*/begun'))) < 2:\n"
         "    assert time.time() - start < 60; time.sleep(0.05)"
     )
