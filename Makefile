@@ -23,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 RUN := $(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC)
 
 VERBS := train eval bench test demo claims reproduce
-.PHONY: setup lock test lint demo bench help $(foreach v,$(VERBS),$(addprefix $(v)-,$(TASKS)))
+.PHONY: $(addprefix suite-,common $(PACKAGES)) setup lock test lint demo bench help $(foreach v,$(VERBS),$(addprefix $(v)-,$(TASKS)))
 
 # A package that is not there fails loudly; nothing is skipped in silence.
 NEED = @test -d $(PKG_$*) || { echo "error: $(PKG_$*): not in this repository yet: make $@" >&2; exit 2; }
@@ -44,8 +44,13 @@ setup: $(STAMP) ## .venv with the pinned versions; no-op when nothing changed
 lock: $(STAMP) ## write constraints.txt again from what is installed
 	@{ head -2 constraints.txt; $(PYTHON) -m pip freeze --exclude-editable; } > constraints.tmp && mv constraints.tmp constraints.txt
 
+# One process a package, TEST_JOBS at a time on a core each; their output comes package by package.
+TEST_JOBS ?= 2
 test: $(STAMP) ## the whole suite
-	$(PYTHON) -m pytest $(PRESENT) $(ARGS)
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=$(TEST_JOBS) --output-sync=target --keep-going $(addprefix suite-,$(PRESENT))
+
+$(addprefix suite-,common $(PACKAGES)): suite-%:
+	$(PYTHON) -m pytest $* $(ARGS)
 
 lint: $(STAMP) ## ruff (lint, format) and mypy
 	$(PYTHON) -m ruff check .

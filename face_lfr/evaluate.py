@@ -120,7 +120,7 @@ def show(result: dict[str, Any]) -> None:
             table.add_row(
                 f"{point['fpr']:g}", f"{100 * point['tpr']:.3f}",
                 f"{100 * low:.3f} to {100 * high:.3f}", str(point["false_accepts"]),
-                f"{point['threshold']:.4f}",
+                "every pair" if point["threshold"] is None else f"{point['threshold']:.4f}",
             )  # fmt: skip
         console.print(table)
     table = Table("measure", "value")

@@ -22,6 +22,7 @@ from face_lfr.data.draws import ImageRows
 from face_lfr.data.ijb import load_ijb
 from face_lfr.data.matrix_file import write_matrix
 from face_lfr.engine import Embedding, embed_images
+from face_lfr.metrics import OperatingPoint
 from face_lfr.template import (
     Mode,
     mean_search,
@@ -150,8 +151,14 @@ def summary(found: AllPairs) -> dict[str, Any]:
     return rates | {
         "positives": found.positives,
         "negatives": found.negatives,
-        "points": [asdict(point) for point in found.points],
+        "points": [_plain(point) for point in found.points],
     }
+
+
+def _plain(point: OperatingPoint) -> dict[str, Any]:
+    """A point as JSON takes it, which has no word for the threshold that accepts every pair."""
+    known = asdict(point)
+    return known | {"threshold": point.threshold if np.isfinite(point.threshold) else None}
 
 
 def read_features(path: Path) -> np.ndarray:

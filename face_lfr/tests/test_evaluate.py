@@ -49,6 +49,8 @@ def test_all_pairs_as_the_contract_has_it(features: dict[str, Any], tmp_path: Pa
     assert stored["points"][0]["false_accepts"] == int(0.01 * (~same).sum())
     again = evaluate(*words, f"labels={folder / 'l.txt'}", "fpr=0.1")
     assert again["tpr@0.1"] == result["tpr@0.1"]
+    assert evaluate(*words, f"labels={folder / 'l.txt'}", "fpr=1")["tpr@1"] == 1.0
+    assert json.loads((tmp_path / "metrics.json").read_text())["points"][0]["threshold"] is None
 
 
 def test_a_run_and_its_release_score_alike(run: Path, synth: Path, tmp_path: Path) -> None:
