@@ -83,7 +83,7 @@ class ClaimsConfig:
 
     out: str = "runs/claims/lfr"
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
-    steps: int = 900
+    steps: int = 700
     quality_steps: dict[str, int] = field(default_factory=dict)  # of each quality network
     jobs: int = 2
     readme: str | None = "face_lfr/README.md"

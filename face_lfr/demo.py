@@ -57,7 +57,7 @@ class DemoConfig:
     out: str = "runs/demo/lfr"
     seeds: list[int] = field(default_factory=lambda: [0])
     noise: float = 0.3  # share of the training images with a random label
-    steps: int = 800
+    steps: int = 700
     quality_steps: int = 400
     jobs: int = 2
     sizes: dict[str, int] = field(default_factory=dict)  # of the data set; usual when empty
