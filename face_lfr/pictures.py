@@ -1,4 +1,4 @@
-"""Faces out of pictures, folders and landmarks, for `predict`.
+"""Faces out of pictures, folders, videos and landmarks, for `predict`.
 
 A square picture counts as an aligned face. Any other needs five (or 68) landmarks, by which it is
 aligned as `face_lfr.data.align` does. Landmarks are a text with lines `name x1 y1 ... x5 y5`, or a
@@ -24,6 +24,7 @@ from face_lfr.data.transforms import FaceTransform, read_rgb
 from face_lfr.tools.align_faces import read_landmarks
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 
 Landmarks = dict[tuple[str, ...], Points]
 
@@ -92,6 +93,33 @@ def find_pictures(path: Path, leave_out: Path | None = None) -> list[Path]:
     if not found:
         raise InputError(path, f"has no picture ({', '.join(SUFFIXES)})")
     return sorted(found, key=lambda p: natural(str(p.relative_to(path))))
+
+
+def split_video(path: Path, out: Path, most: int) -> list[Path]:
+    """The frames of a video as PNG files `out/<number>.png`, in their order.
+
+    Raises:
+        InputError: it cannot be decoded, or has more than `most` frames.
+    """
+    import cv2
+
+    video = cv2.VideoCapture(str(path))
+    out.mkdir(parents=True, exist_ok=True)
+    found: list[Path] = []
+    try:
+        while len(found) <= most:
+            there, image_HWC = video.read()
+            if not there:
+                break
+            found.append(out / f"{len(found):06d}.png")
+            cv2.imwrite(str(found[-1]), image_HWC)
+    finally:
+        video.release()
+    if not found:
+        raise InputError(path, "is no video that can be decoded")
+    if len(found) > most:
+        raise InputError(path, "has more frames than limit", most)
+    return found
 
 
 def _walk(root: Path, leave_out: Path | None) -> Iterator[Path]:

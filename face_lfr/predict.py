@@ -38,7 +38,7 @@ from face_lfr.calibration import Threshold, choose_threshold
 from face_lfr.clusters import LINKAGES, similarity_to_mean
 from face_lfr.engine import Embedding, autocast, check_fits, features
 from face_lfr.pair_drawing import draw_prediction
-from face_lfr.pictures import Faces, Picture, find_pictures, with_landmarks
+from face_lfr.pictures import VIDEOS, Faces, Picture, find_pictures, split_video, with_landmarks
 from face_lfr.weights import Trained, load_trained, open_trained
 
 IN_JSON = 100  # pictures whose similarities predict.json holds
@@ -50,7 +50,7 @@ SIMILARITIES, DRAWN = "similarities.npy", "predict.png"
 class PredictConfig:
     """Schema of configs/predict.yaml."""
 
-    input: str = MISSING  # picture, or folder of pictures
+    input: str = MISSING  # picture, folder of pictures, or video of aligned faces
     out: str = MISSING
     other: str | None = None  # a second picture, compared with the first
     run_dir: str | None = None
@@ -242,7 +242,10 @@ def gather(cfg: PredictConfig) -> list[Picture]:
         InputError: nothing there, a folder that is to be compared, or more pictures than `limit`.
     """
     source, out = Path(cfg.input), Path(cfg.out)
-    paths = find_pictures(source, leave_out=out)
+    if source.is_file() and source.suffix.lower() in VIDEOS:
+        paths = split_video(source, out / "frames", cfg.limit)
+    else:
+        paths = find_pictures(source, leave_out=out)
     if source.is_dir() and out.resolve() == source.resolve():
         raise InputError("out", "must not be the folder of the pictures", out)
     if cfg.other is not None:

@@ -155,8 +155,10 @@ def _write(path: Path, text: str) -> None:
 
 def show(report: Mapping[str, Any]) -> None:
     """Print the table."""
-    header, *rows = _table(report)
-    table = Table(*header, title=report["what"])
+    header, *rows = _table(report, intervals=False)
+    table = Table(title=f"{report['what']}: {report['metric']}, %")
+    for number, name in enumerate(header):
+        table.add_column(name, no_wrap=number == 0)
     for row in rows:
         table.add_row(*row)
     console = Console()
@@ -169,12 +171,13 @@ def write_markdown(report: Mapping[str, Any], path: Path) -> None:
     space, found = report["space"], report["found"]
     ends = [f"`{space[k]['name']}` ({space[k]['gflops']:.4g} G)" for k in ("cheapest", "dearest")]
     low, high = (f"{100 * share:g}" for share in report["fit"])
-    header, *rows = _table(report)
+    header, *rows = _table(report, intervals=True)
     lines = [
         f"# {report['what']}", "", *CAVEATS, *([SMALL] if any(report["rung_sizes"]) else []), "",
         f"{space['networks']} networks from {ends[0]} to {ends[1]}; {space['fitting']} cost "
         f"{low} % to {high} % of the budget by the organisers' counting; {len(rows)} that differ "
-        f"much were trained, one in {report['divide']:g} went on. Test: {report['test']}.", "",
+        f"much were trained, one in {report['divide']:g} went on. Scores: {report['metric']}, %, "
+        f"on {report['test']}.", "",
         f"| {' | '.join(header)} |", f"|{'---|' * len(header)}",
         *(f"| {' | '.join(row)} |" for row in rows), "",
         f"Found: `{found['name']}`, {found['counted_gflops']:.4g} GFLOPs counted layer by layer.",
@@ -186,11 +189,10 @@ def write_markdown(report: Mapping[str, Any], path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def _table(report: Mapping[str, Any]) -> list[list[str]]:
+def _table(report: Mapping[str, Any], intervals: bool) -> list[list[str]]:
     """Header and rows: those that came furthest first, then by score."""
     best = report["found"]["name"]
-    header = ["network", "GFLOPs", "params, M"]
-    header += [f"{report['metric']}, %, {rung}" for rung in _rungs(report)]
+    header = ["network", "GFLOPs", "params, M", *_rungs(report)]
 
     def order(row: Mapping[str, Any]) -> tuple[int, float, float]:
         last = row["scores"][-1]["tpr"] if row["scores"] else 0.0
@@ -198,15 +200,17 @@ def _table(report: Mapping[str, Any]) -> list[list[str]]:
 
     rows = []
     for row in sorted(report["candidates"], key=order):
-        values = [
-            f"{100 * s['tpr']:.1f} ({100 * s['low']:.1f} to {100 * s['high']:.1f})"
-            for s in row["scores"]
-        ]
+        values = [_percent(score, intervals) for score in row["scores"]]
         values += [row["failed"] or "-"] * (len(report["rungs"]) - len(values))
         mark = "found" if row["name"] == best else "Pareto" if row["pareto"] else ""
         cost = [row["name"], f"{row['gflops']:.4g}", f"{row['params'] / 1e6:.2f}"]
         rows.append([*cost, *values, mark])
     return [[*header, ""], *rows]
+
+
+def _percent(score: Mapping[str, Any], interval: bool) -> str:
+    value, low, high = (f"{100 * score[key]:.1f}" for key in ("tpr", "low", "high"))
+    return f"{value} ({low} to {high})" if interval else value
 
 
 def _rungs(report: Mapping[str, Any]) -> list[str]:

@@ -55,7 +55,8 @@ def quoted(value: object) -> str:
     text = str(value)
     if re.fullmatch(r"[\w./:@%-]+", text):
         return text
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    # A backslash is itself, but before a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda at: 2 * at[1] + ("\\'" if at[2] else ""), text)
     return f"'{escaped}'"
 
 

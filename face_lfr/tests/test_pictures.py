@@ -138,3 +138,24 @@ def test_landmarks_name_one_picture_each(net: Path, album: Path, tmp_path: Path)
     assert np.ravel(found[1]["aligned_by"]).tolist() == [float(x) for x in points.split()]
     with pytest.raises(InputError, match=r"nothing\.json: cannot be read"):
         go(net, tmp_path, a, landmarks=str(tmp_path / "nothing.json"))
+
+
+def test_the_frames_of_a_video_are_its_pictures(net: Path, tmp_path: Path) -> None:
+    path, noise = tmp_path / "faces.avi", np.random.default_rng(0)
+    frames = noise.integers(0, 256, (5, 32, 32, 3), np.uint8)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"FFV1"), 5, (32, 32))  # lossless
+    for frame in frames:
+        writer.write(frame)
+    writer.release()
+    seen = go(net, tmp_path / "out", path, threshold=0.0)
+    assert len(seen["pictures"]) == 5
+    for number in range(5):
+        found = cv2.imread(str(tmp_path / "out" / "frames" / f"{number:06d}.png")).astype(int)
+        near = [np.abs(found - other).mean() for other in frames.astype(int)]
+        assert int(np.argmin(near)) == number  # colours are rounded on the way into a video
+        assert near[number] < 25 < np.median(near)
+    with pytest.raises(InputError, match=r"faces\.avi: has more frames than limit: 3"):
+        go(net, tmp_path / "few", path, limit=3)
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(InputError, match=r"faces\.avi: is no video that can be decoded"):
+        go(net, tmp_path / "cut", path)
