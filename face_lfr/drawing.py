@@ -124,18 +124,6 @@ def draw_training(runs: Mapping[str, Path], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def draw_points(
-    points: Mapping[str, tuple[float, float]], path: Path, title: str, labels: tuple[str, str]
-) -> None:
-    """Named points in a plane, the values as they are."""
-    figure, axis = _figure(1)
-    for (name, (x, y)), colour in zip(points.items(), COLOURS * 9, strict=False):
-        axis.plot(x, y, "o", color=colour)
-        axis.annotate(name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
-    axis.set(xlabel=labels[0], ylabel=labels[1], title=title)
-    figure.savefig(path, dpi=110)
-
-
 def _figure(
     columns: int = 1, rows: int = 1, width: float = 5.2, height: float = 4.4, grid: bool = True
 ) -> tuple[Any, Any]:

@@ -36,20 +36,11 @@ IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
 
 
 def margin_softmax(
-    feature_BD: Tensor,
-    weight_CD: Tensor,
-    label_B: Tensor,
-    margin: Margin,
-    scale: float,
-    *,
-    smoothing: float = 0.0,
-    centers: int = 1,
-    bias_C: Tensor | None = None,
-    group: td.ProcessGroup | None = None,
-    first: int = 0,
-    classes: int | None = None,
+    feature_BD: Tensor, weight_CD: Tensor, label_B: Tensor, margin: Margin, scale: float, *,
+    smoothing: float = 0.0, centers: int = 1, bias_C: Tensor | None = None,
+    group: td.ProcessGroup | None = None, first: int = 0, classes: int | None = None,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Mean cross entropy of margined logits; float32 at least, also inside autocast.
 
     With a group all ranks give the same features and labels, each its own classes, and all get the

@@ -12,7 +12,6 @@ from face_lfr.drawing import (
     FrameRow,
     draw_bars,
     draw_frames,
-    draw_points,
     draw_roc,
     draw_training,
 )
@@ -55,11 +54,9 @@ def test_frames_are_shown_as_they_are(tmp_path: Path) -> None:
     assert ((seen == (0, 0, 255)).all(axis=2)).sum() > 4 * 50 * 50  # OpenCV reads BGR
 
 
-def test_training_curves_and_points(tmp_path: Path) -> None:
+def test_training_curves(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(
         "".join(f'{{"step": {i}, "loss": {5 - i}, "grad_norm": 1.0}}\n' for i in range(4))
     )
     draw_training({"a": tmp_path}, tmp_path / "training.png")
     picture(tmp_path / "training.png")
-    draw_points({"a": (1, 2), "b": (2, 1)}, tmp_path / "points.png", "points", ("x", "y"))
-    picture(tmp_path / "points.png")

@@ -81,8 +81,12 @@ def fake_score(name: str, steps: int) -> Score:
     return Score(good / 1000, *interval(good, 1000), 7, 1000, 700)
 
 
-def run(settings: SearchConfig, fake: Fake) -> dict:
-    return search(settings, fake.train, fake.score)
+def run(settings: SearchConfig, fake: Fake, picture: bool = False) -> dict:
+    """A search without trainings, and without its picture, which takes half of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not picture:
+            patch.setattr("face_lfr.search.draw", lambda *_: None)
+        return search(settings, fake.train, fake.score)
 
 
 def test_the_better_part_goes_on(settings: SearchConfig) -> None:
@@ -111,7 +115,7 @@ def test_the_better_part_goes_on(settings: SearchConfig) -> None:
 
 
 def test_it_says_that_it_is_not_the_papers(settings: SearchConfig) -> None:
-    report, out = run(settings, Fake()), Path(settings.out)
+    report, out = run(settings, Fake(), picture=True), Path(settings.out)
     assert json.loads((out / "search.json").read_text()) == report
     texts = [
         "search.json",
@@ -297,7 +301,7 @@ def test_a_search_trains_and_scores(settings: SearchConfig, synth: Path) -> None
         assert row["scores"][0]["positives"] == 8 * 6  # pairs of 4 images of 8 persons
     assert report["test"] == str(synth / "glint_syn")
     idle = Fake(stop_at=0)  # everything is there
-    assert search(few, idle.train, idle.score)["candidates"] == report["candidates"]
+    assert run(few, idle)["candidates"] == report["candidates"]
     pairs = open_held_out({}, str(synth / "syn.bin"), None)
     found = measure(run_dir, 2, pairs, 0.1)
     assert found.positives == found.negatives == 20
