@@ -21,7 +21,7 @@ def build_row(row: str, overrides: Mapping[str, Any]) -> nn.Module:
     names = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
     if row not in names:
         raise InputError("row", f"is not there, only {', '.join(names)}", row)
-    with _own_hydra():
+    with own_hydra():
         node = compose(f"model/{row}").model
     OmegaConf.set_struct(node, False)
     model: nn.Module = instantiate(OmegaConf.merge(node, dict(overrides)))
@@ -29,8 +29,8 @@ def build_row(row: str, overrides: Mapping[str, Any]) -> nn.Module:
 
 
 @contextmanager
-def _own_hydra() -> Iterator[None]:
-    """Compose although a Hydra application may be running, and leave that one as it was."""
+def own_hydra() -> Iterator[None]:
+    """Compose this package's files although a Hydra application may run; leaves that as it was."""
     running = GlobalHydra.instance()
     outer = running.hydra
     running.clear()

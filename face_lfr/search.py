@@ -16,16 +16,14 @@ best network as configuration files of the training. A search that was stopped g
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -34,7 +32,7 @@ from common import dist
 from common.log import InputError, exit_on_bad_input, get_logger, setup_logging
 from face_lfr.evaluate import write_json
 from face_lfr.models.poly_blocks import last_side
-from face_lfr.rows import CONFIGS
+from face_lfr.rows import own_hydra
 from face_lfr.search_report import Entry, describe, draw, show, write_found, write_markdown
 from face_lfr.search_runs import Proxy, quoted, train_proxies
 from face_lfr.search_score import HeldOut, Score, measure, open_held_out
@@ -192,24 +190,11 @@ def _training_data(cfg: SearchConfig, candidate: Candidate) -> dict[str, Any]:
         InputError: the set cannot be read.
     """
     words = _proxy(cfg, candidate, 0).words
-    with _own_hydra():
+    with own_hydra():
         node = OmegaConf.to_container(compose("train", list(words)).data, resolve=True)
     instantiate(node)
     assert isinstance(node, dict)
     return {str(key): value for key, value in node.items()}
-
-
-@contextmanager
-def _own_hydra() -> Iterator[None]:
-    """Compose although this is a Hydra application, and leave that one as it was."""
-    running = GlobalHydra.instance()
-    outer = running.hydra
-    running.clear()
-    try:
-        with initialize_config_dir(str(CONFIGS), version_base=None):
-            yield
-    finally:
-        GlobalHydra.instance().hydra = outer
 
 
 def _rung(
