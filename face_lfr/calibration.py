@@ -52,7 +52,8 @@ def choose_threshold(cfg: PredictConfig, trained: Trained) -> Threshold:
         if cfg.threshold is None:
             return Threshold(None, NONE)
         return Threshold(_cosine(cfg.threshold, "threshold"), f"threshold={cfg.threshold:g}")
-    path = Path(cfg.calibration) / METRICS
+    path = Path(cfg.calibration)
+    path = path if path.is_file() else path / METRICS
     metrics = _read(path)
     _require_same_model(metrics, path, trained, cfg.flip)
     if metrics.get("protocol") == "all_pairs":
