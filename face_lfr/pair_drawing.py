@@ -63,7 +63,7 @@ def draw_prediction(
     if result["mode"] == "folder":
         title = result["verdict"]
         if result["threshold"] is not None:
-            title += f"  (above {result['threshold']:.3f}, {result['linkage']})"
+            title += f"\nabove {result['threshold']:.3f}, {result['linkage']} linkage"
         draw_groups(choose_groups(faces, result, rows, columns), path, title)
         return
     panels = [_panels(faces, result, row) for row in range(len(faces))]
@@ -171,9 +171,12 @@ def draw_groups(groups: Sequence[Group], path: Path, title: str) -> None:
     width = max(NARROWEST, 2 * MARGIN + most * (CELL + GAP))
     lines = max(len(panel.lines) for group in groups for panel in group.faces)
     heights = [LINE * bool(group.title) + CELL + LINE * lines + GAP for group in groups]
-    top = MARGIN + LINE + GAP
+    first, *notes = title.split("\n")
+    top = MARGIN + LINE * (1 + len(notes)) + GAP
     page = _Page(width, top + sum(heights) + MARGIN)
-    page.text(MARGIN, MARGIN, title, size=11, weight="bold")
+    page.text(MARGIN, MARGIN, first, size=11, weight="bold")
+    for number, note in enumerate(notes, start=1):
+        page.text(MARGIN, MARGIN + 1.1 * LINE * number, note, size=9, color=GREY)
     for group, height in zip(groups, heights, strict=True):
         under = top + LINE * bool(group.title)
         page.text(MARGIN, top, group.title, size=9, weight="bold", color=GREY)
