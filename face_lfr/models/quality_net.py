@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from face_lfr.models.layers import ConvNorm, FeatureLinear, check_counts, check_input
@@ -51,13 +52,19 @@ class QualityNet(nn.Module):
         channels: of the four stages, each of which halves the map.
         blocks: of each stage.
         input_size: H = W in pixels.
+        score_gain: factor of the last layer's first weights. The authors' 1 lets scores begin far
+            outside of the targets' range, which a short training does not mend.
 
     Raises:
         ValueError: an argument that is not accepted.
     """
 
     def __init__(
-        self, channels: Sequence[int] = (8, 16, 32, 48), blocks: int = 2, input_size: int = 112
+        self,
+        channels: Sequence[int] = (8, 16, 32, 48),
+        blocks: int = 2,
+        input_size: int = 112,
+        score_gain: float = 1.0,
     ):
         super().__init__()
         channels = check_counts("channels", channels, 4)
@@ -78,6 +85,8 @@ class QualityNet(nn.Module):
                 fan_out = module.weight[:, 0].numel()
                 bound = math.sqrt(2 / fan_out)
                 nn.init.uniform_(module.weight, -bound, bound)
+        with torch.no_grad():
+            self.score.weight *= score_gain
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Scores (B,), float32 under autocast.
