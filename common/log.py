@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import json
 import logging
@@ -66,6 +67,20 @@ def exit_on_bad_input(main: Callable[[], object]) -> None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = user_wants_all
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _leave()
+
+
+def _leave() -> None:
+    """End one of several processes with code 0, without tearing the interpreter down.
+
+    Threads of gloo may still run then and abort it ("terminate called without an active
+    exception"), after which torchrun takes a finished training for a failed one.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 class _WithoutHydra:

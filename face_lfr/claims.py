@@ -3,10 +3,11 @@
     python -m face_lfr.claims out=DIR
 
 Image level: softmax, ArcFace and ArcNegFace with none, three tenths and six tenths of the labels
-random, the last also with a softer margin; a small PolyFace beside the small ResNet of the same cost. Video level: all aggregators on
-the features of one frozen recogniser, for videos with and without bad frames. Resumable: finished
-trainings are only scored again. Writes `benchmarks/results/claims-<hardware>.json`, the tables of
-the README, and pictures into `out`. Exits with 1 when a gate of configs/claims.yaml is missed.
+random, the last also with a softer margin; a small PolyFace beside the small ResNet of the same
+cost. Video level: all aggregators on the features of one frozen recogniser, for videos with and
+without bad frames. Resumable: finished trainings are only scored again. Writes
+`benchmarks/results/claims-<hardware>.json`, the tables of the README, and pictures into `out`.
+Exits with 1 when a gate of configs/claims.yaml is missed.
 """
 
 import sys
@@ -179,7 +180,6 @@ def judge(
     gates: Gates, tpr: Mapping[Entry, list[float]], videos: Mapping[str, Mapping[str, list[float]]]
 ) -> list[dict[str, Any]]:
     """Compare with the limits: means over the seeds, for one gate the worst seed."""
-
     neg, arc = (np.mean(tpr[Entry(loss, 0.3)]) for loss in ("arcnegface", "arcface"))
     bad, clean = (
         np.subtract(videos[track]["qanpp_l2"], videos[track]["mean_l2"]) for track in TRACKS

@@ -69,7 +69,7 @@ STATES = {
     "stochastic depth": [
         "model=polyface_nano", "model.blocks=[1,2,1]", "model.width=0.1", "model.features=16",
         "model.input_size=75", "transform.size=75", "model.dropout=0.4", "model.keep=0.5",
-        "~model.widths",
+        "~model.widths", "~model.stem_stride",
     ],
 }  # fmt: skip
 

@@ -24,7 +24,7 @@ from face_lfr.weights import (
     write_release,
 )
 
-SMALL = {"widths": [4, 8, 8, 8], "features": 16, "input_size": 24}
+SMALL = {"widths": [4, 8, 8, 8], "features": 16, "input_size": 24, "stem_stride": 2}
 
 
 def model(seed: int = 0, **changes: Any) -> nn.Module:
