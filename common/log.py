@@ -72,11 +72,8 @@ def exit_on_bad_input(main: Callable[[], object]) -> None:
 
 
 def _leave() -> None:
-    """End one of several processes with code 0, without tearing the interpreter down.
-
-    Threads of gloo may still run then and abort it ("terminate called without an active
-    exception"), after which torchrun takes a finished training for a failed one.
-    """
+    """End one of several processes with code 0, without tearing the interpreter down."""
+    # Threads of gloo could abort it, and torchrun takes that for a failed training.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
