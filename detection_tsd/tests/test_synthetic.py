@@ -191,7 +191,7 @@ def test_an_unknown_split_is_named(small: Path) -> None:
 @pytest.mark.parametrize("name", ["glyphs", "digits", "glyphs_centred"])
 def test_configurations_make_both_splits(name: str, tmp_path: Path) -> None:
     words = [
-        "experiment=debug/tiny", f"data={name}", f"data.train.root={tmp_path / name}",
+        "experiment=debug/tiny", f"data={name}", f"data.root={tmp_path / name}",
         "data.train.train=3", "data.train.val=2", "data.train.seed=5",
     ]  # fmt: skip
     cfg = config("train", *words)

@@ -1,0 +1,1 @@
+"""Speed and accuracy measurements; results/ is written by them."""

@@ -1,0 +1,1 @@
+"""Conversions of published weights and data."""
