@@ -18,7 +18,7 @@ STEPS = 10
 @pytest.fixture(scope="module")
 def calm(tiny: list[str]) -> list[str]:
     """At a small rate: training amplifies the rounding in which the two runs differ."""
-    return [*tiny, "optim.lr=0.001"]
+    return [*tiny, "optim.lr=1e-4"]
 
 
 @pytest.fixture(scope="module")
